@@ -1,0 +1,1 @@
+"""One node: Kafka's protocol in, Kafka's protocol out, Kafka's files in between."""

@@ -1,0 +1,1 @@
+"""Kafka's APIs, one a file: this listing is the coverage table."""

@@ -1,0 +1,81 @@
+"""Engines: each behaviour that a user may rely on is tested on the embedded broker and on Apache Kafka, by one suite."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import settings
+
+from headwater.testing.broker import BrokerProcess
+from tests.kit.kafka import KafkaCluster, make_archive
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+ENGINES = ("embedded", "kafka")
+
+TEST_SETTINGS = {"group.min.session.timeout.ms": "500"}
+
+
+class Engine(NamedTuple):
+    name: str
+    bootstrap_servers: str
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.name == "embedded"
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with BrokerProcess.start(tmp_path_factory.mktemp("broker") / "data", TEST_SETTINGS) as broker:
+        yield Engine("embedded", broker.bootstrap_servers)
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[Engine]:
+    make_archive()
+    cluster = KafkaCluster().start()
+    yield Engine("kafka", cluster.bootstrap_servers)
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def kafka3() -> Iterator[KafkaCluster]:
+    make_archive()
+    cluster = KafkaCluster(nodes=3).start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Every test with it runs twice."""
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Engine)
+    return found
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no other test uses."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
+    """A broker of the test's own."""
+    with BrokerProcess.start(tmp_path / "data", TEST_SETTINGS) as process:
+        yield process
+
+
+SERVER_FIXTURES = {"embedded", "kafka", "kafka3", "engine", "broker", "postgres"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts a process is marked as such, so that `make check` can leave it out."""
+    for item in items:
+        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.server)

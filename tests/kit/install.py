@@ -1,0 +1,129 @@
+"""`python -m tests.kit.install`: what the tests need beside Python, installed when it is missing and may be.
+
+Debian packages need root; Apache Kafka's jars come through Maven into ~/.cache/headwater. What can't be installed is
+said here, and its tests skip.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KAFKA_VERSION = "4.3.1"
+LOG4J_VERSION = "2.25.4"
+KAFKA_HOME = Path(os.environ.get("HEADWATER_CACHE", Path.home() / ".cache" / "headwater")) / f"kafka-{KAFKA_VERSION}"
+POSTGRES_HOMES = "/usr/lib/postgresql"
+PACKAGES = {
+    "postgresql": "the outbox on PostgreSQL",
+    "kcat": "kcat, as a client",
+    "default-jre-headless": "Apache Kafka",
+}
+
+POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0">
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>headwater</groupId><artifactId>kafka-jars</artifactId><version>1</version><packaging>pom</packaging>
+  <dependencies>
+    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version></dependency>
+    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka-tools</artifactId><version>{KAFKA_VERSION}</version></dependency>
+    <dependency>
+      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId><version>{LOG4J_VERSION}</version>
+    </dependency>
+    <dependency>
+      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-core</artifactId><version>{LOG4J_VERSION}</version>
+    </dependency>
+  </dependencies>
+</project>
+"""
+
+LOG4J = """status = error
+appender.console.type = Console
+appender.console.name = STDOUT
+appender.console.layout.type = PatternLayout
+appender.console.layout.pattern = [%d] %p %m (%c)%n
+rootLogger.level = info
+rootLogger.appenderRefs = stdout
+rootLogger.appenderRef.stdout.ref = STDOUT
+"""
+
+
+def main() -> None:
+    install_packages()
+    install_kafka()
+
+
+def install_packages() -> None:
+    missing = [name for name in PACKAGES if not _has(name)]
+    if not missing:
+        return
+    reasons = ", ".join(f"{name} ({PACKAGES[name]})" for name in missing)
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        print(
+            f"not installed, the tests that need it will skip: {reasons}. As root: apt-get install {' '.join(missing)}"
+        )
+        return
+    print(f"installing {reasons} ...", flush=True)
+    with _no_services():
+        quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+        subprocess.run(["apt-get", "-qq", "update"], check=False, **quiet)  # type: ignore[call-overload]
+        command = ["apt-get", "-qq", "install", "-y", "--no-install-recommends", *missing]
+        if subprocess.run(command, check=False, **quiet).returncode != 0:  # type: ignore[call-overload]
+            print(f"apt-get could not install {' '.join(missing)}: the tests that need it will skip")
+
+
+def _has(package: str) -> bool:
+    if package == "postgresql":
+        return postgres_bin() is not None
+    return shutil.which("java" if package.startswith("default-jre") else package) is not None
+
+
+def postgres_bin() -> Path | None:
+    """The folder of PostgreSQL's programs; the newest version's."""
+    homes = sorted(Path(POSTGRES_HOMES).glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+    return homes[-1].parent if homes else None
+
+
+class _no_services:
+    """Debian starts a service on installing it, unless a policy says no. The policy that was there comes back."""
+
+    path = Path("/usr/sbin/policy-rc.d")
+
+    def __enter__(self) -> None:
+        self.old = self.path.read_bytes() if self.path.exists() else None
+        self.path.write_text("#!/bin/sh\nexit 101\n")
+        self.path.chmod(0o755)
+
+    def __exit__(self, *error: object) -> None:
+        if self.old is None:
+            self.path.unlink()
+        else:
+            self.path.write_bytes(self.old)
+
+
+def install_kafka() -> None:
+    if (KAFKA_HOME / "log4j2.properties").exists() and list((KAFKA_HOME / "lib").glob("kafka_2.13-*.jar")):
+        return
+    if not shutil.which("java") or not shutil.which("mvn"):
+        if os.geteuid() == 0 and shutil.which("apt-get"):
+            with _no_services():
+                subprocess.run(
+                    ["apt-get", "-qq", "install", "-y", "--no-install-recommends", "maven", "default-jre-headless"],
+                    check=False, stdout=subprocess.DEVNULL,
+                )  # fmt: skip
+        if not shutil.which("mvn"):
+            print("not installed, its tests will skip: Apache Kafka needs Java 17 and Maven")
+            return
+    print(f"installing Apache Kafka {KAFKA_VERSION} through Maven ...", flush=True)
+    KAFKA_HOME.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "pom.xml").write_text(POM)
+        command = ["mvn", "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={KAFKA_HOME / 'lib'}"]
+        if subprocess.run(command, cwd=folder, check=False).returncode != 0:
+            print("Maven could not fetch Apache Kafka: its tests will skip", file=sys.stderr)
+            return
+    (KAFKA_HOME / "log4j2.properties").write_text(LOG4J)
+
+
+if __name__ == "__main__":
+    main()
