@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 run: install ## start an example with live traffic (EXAMPLE=shop ENGINE=embedded|kafka|kafka3)
-	@$(BIN)/python -m tests.kit.run_example $(EXAMPLE) $(ENGINE)
+	@$(BIN)/python -m examples.run $(EXAMPLE) $(ENGINE)
 
 check: install ## style, types, layers and the tests that need no server; under two minutes
 	@$(BIN)/ruff check .

@@ -1,3 +1,55 @@
-"""Headwater: an event backbone for Python teams."""
+"""Headwater: an event backbone for Python teams.
+
+Names are imported when they are first used (PEP 562), so that the broker's process loads none of the application half.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from headwater.event.envelope import Envelope, Metadata
+    from headwater.event.event import Event
+    from headwater.event.topic import Topic
+    from headwater.kafka.producer import NotPublished, Profile
+    from headwater.runtime.app import App
+    from headwater.runtime.tracing import CorrelationMiddleware
+    from headwater.settings import Settings
+    from headwater.store.database import Database
+    from headwater.store.unit_of_work import UnitOfWork
+
+PUBLIC = {
+    "App": "headwater.runtime.app",
+    "CorrelationMiddleware": "headwater.runtime.tracing",
+    "Database": "headwater.store.database",
+    "Envelope": "headwater.event.envelope",
+    "Event": "headwater.event.event",
+    "Metadata": "headwater.event.envelope",
+    "NotPublished": "headwater.kafka.producer",
+    "Profile": "headwater.kafka.producer",
+    "Settings": "headwater.settings",
+    "Topic": "headwater.event.topic",
+    "UnitOfWork": "headwater.store.unit_of_work",
+}
+
+__all__ = [
+    "App",
+    "CorrelationMiddleware",
+    "Database",
+    "Envelope",
+    "Event",
+    "Metadata",
+    "NotPublished",
+    "Profile",
+    "Settings",
+    "Topic",
+    "UnitOfWork",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'headwater' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(PUBLIC[name]), name)

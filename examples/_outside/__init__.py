@@ -1,0 +1,1 @@
+"""Fakes of what nobody can start on a laptop: payment, push services, SMS."""

@@ -1,0 +1,119 @@
+"""`make run`: an example with live traffic, on the engine of your choice, until Ctrl-C.
+
+python -m examples.run shop embedded|kafka|kafka3
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+APPS = {"shop": ["orders", "inventory", "warehouse", "notifications", "loyalty", "analytics", "invoices"]}
+START_SECONDS = 60.0
+
+
+def free_port(wanted: int) -> int:
+    """The usual port when it is free, else another."""
+    for port in (wanted, 0):
+        with socket.socket() as each:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                each.bind(("127.0.0.1", port))
+                return int(each.getsockname()[1])
+            except OSError:
+                continue
+    raise OSError("no port is free")
+
+
+class Run:
+    """The processes of one run, in a directory that goes when they go."""
+
+    def __init__(self, example: str, engine: str, environment: dict[str, str] | None = None) -> None:
+        self.example = example
+        self.folder = tempfile.TemporaryDirectory(prefix=f"headwater-{example}-")
+        self.data = Path(self.folder.name)
+        self.web_port = free_port(8000)
+        self.url = f"http://127.0.0.1:{self.web_port}"
+        self._environment = {**os.environ, "SHOP_PORT": str(self.web_port), **(environment or {})}
+        self._environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
+        self._cluster = None
+        if engine == "embedded":
+            port = free_port(9092)
+            self.servers = f"127.0.0.1:{port}"
+            where = ["--port", str(port)]
+        else:
+            from tests.kit.kafka import KafkaCluster
+
+            self._cluster = KafkaCluster(nodes=3 if engine == "kafka3" else 1).start()
+            self.servers = self._cluster.bootstrap_servers
+            where = ["--bootstrap-servers", self.servers]
+        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), *where]
+        for name in APPS[example]:
+            command += ["--app", f"examples.{example}.{name}:app"]
+        self.supervisor = subprocess.Popen(command, env=self._environment, start_new_session=True)
+
+    def wait_ready(self) -> None:
+        """Until the order service answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.web_port), 1).close()
+                return
+            except OSError:
+                if self.supervisor.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("the example did not start; what it printed is above") from None
+                time.sleep(0.05)
+
+    def control(self, action: str, name: str) -> None:
+        """`headwater up stop|start NAME`."""
+        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), action, name]
+        subprocess.run(command, check=True, env=self._environment, stdout=subprocess.DEVNULL)
+
+    def stop(self) -> int:
+        """The supervisor's exit code."""
+        if self.supervisor.poll() is None:
+            self.supervisor.send_signal(signal.SIGTERM)
+        code = self.supervisor.wait(60)
+        if self._cluster is not None:
+            self._cluster.stop()
+        self.folder.cleanup()
+        return code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run an example with live traffic.")
+    parser.add_argument("example", choices=sorted(APPS))
+    parser.add_argument("engine", choices=["embedded", "kafka", "kafka3"])
+    parser.add_argument("--speed-up", default="21600", help="seconds of 1997 per second")
+    options = parser.parse_args()
+    run = Run(options.example, options.engine)
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        run.wait_ready()
+        print(
+            f"broker {run.servers}   order service {run.url}   data {run.data}   (Ctrl-C stops everything)", flush=True
+        )
+        package = f"examples.{options.example}"
+        feed = [sys.executable, "-m", f"{package}.feed", "--url", run.url, "--speed-up", options.speed_up]
+        children.append(subprocess.Popen(feed, start_new_session=True))
+        table = [sys.executable, "-m", f"{package}.table", "--data", str(run.data), "--bootstrap-servers", run.servers]
+        children.append(subprocess.Popen(table, start_new_session=True))
+        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run.supervisor.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for child in children:
+            child.terminate()
+            child.wait()
+        code = run.stop()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""All commands, by group."""
+
+import typer
+
+from headwater.cli import consume, groups, produce, run, topics, up
+from headwater.cli.broker import parser
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Headwater: the event backbone for Python teams.",
+    pretty_exceptions_enable=False,
+)
+app.add_typer(up.app, name="up")
+app.command("run")(run.run)
+app.add_typer(topics.app, name="topics")
+app.add_typer(groups.app, name="groups")
+app.command("produce")(produce.produce)
+app.command("consume")(consume.consume)
+
+
+@app.command("broker", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def broker() -> None:
+    """The broker alone: `headwater broker --help`."""
+    parser().print_help()  # the entry point runs it before this module is loaded

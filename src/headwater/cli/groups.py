@@ -1,0 +1,224 @@
+"""`headwater groups`: list, describe with lag and why a partition waits, reset with a dry run, delete."""
+
+import time
+from datetime import UTC, datetime
+from typing import Annotated
+
+import msgspec
+import typer
+
+from headwater.cli.output import (
+    DEFAULT_SERVERS,
+    Json,
+    Servers,
+    UserError,
+    admin,
+    console,
+    explained,
+    show_json,
+    show_rows,
+    show_table,
+)
+from headwater.kafka.admin import KafkaAdmin
+from headwater.runtime.lane import METADATA_PREFIX, Waiting
+
+app = typer.Typer(no_args_is_help=True, help="Consumer groups: list, describe, reset, delete.")
+
+
+def group_names(incomplete: str) -> list[str]:
+    """Tab completion; silent when no broker answers."""
+    try:
+        return [name for name in sorted(admin(DEFAULT_SERVERS).group_states()) if name.startswith(incomplete)]
+    except Exception:
+        return []
+
+
+Group = Annotated[str, typer.Argument(help="The group.", autocompletion=group_names)]
+
+
+@app.command("list")
+def list_groups(bootstrap_servers: Servers = DEFAULT_SERVERS, json: Json = False) -> None:
+    """All groups with their state and total lag."""
+    with explained("groups list"):
+        client = admin(bootstrap_servers)
+        rows = []
+        for name, state in sorted(client.group_states().items()):
+            lags = [row.lag for row in partition_rows(client, name) if row.lag is not None]
+            rows.append((name, state.lower(), sum(lags)))
+        show_rows(("group", "state", "lag"), rows, json, numbers=("lag",), empty="no groups")
+
+
+class PartitionRow(msgspec.Struct, frozen=True):
+    """One partition of a group."""
+
+    topic: str
+    partition: int
+    committed: int | None
+    end: int
+    lag: int | None
+    member: str | None
+    waiting: str | None
+
+
+def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
+    """What the group has committed and what its members are assigned to, with the lag in records."""
+    described = client.describe_group(group)
+    owners = {place: member.client_id for member in described.members for place in member.partitions}
+    committed = client.committed(group)
+    places = sorted(set(committed) | set(owners))
+    ends = client.end_offsets(places)
+    starts = client.start_offsets([place for place in places if place not in committed])
+    rows = []
+    for place in places:
+        position = committed.get(place)
+        lag = ends[place] - (position.offset if position is not None else starts[place])
+        rows.append(
+            PartitionRow(
+                place[0],
+                place[1],
+                position.offset if position is not None else None,
+                ends[place],
+                max(lag, 0),
+                owners.get(place),
+                waiting_for(position.metadata) if position is not None else None,
+            )
+        )
+    return rows
+
+
+def waiting_for(metadata: str) -> str | None:
+    """Why a Headwater handler does not go on, if it does not."""
+    metadata = metadata.rstrip("\0")  # librdkafka ends it with one
+    text = metadata.removeprefix(METADATA_PREFIX)
+    if text == metadata or not text:
+        return None
+    try:
+        waiting = msgspec.json.decode(text, type=Waiting)
+    except msgspec.MsgspecError:
+        return None
+    seconds = max(0, time.time() - waiting.since_ms / 1000)
+    return f"offset {waiting.offset} failed {waiting.attempts} times in {seconds:.0f} s: {waiting.error}"
+
+
+@app.command()
+def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: Json = False) -> None:
+    """State, members, and per partition the offset, the lag and why it waits."""
+    with explained("groups describe"):
+        client = admin(bootstrap_servers)
+        if group not in client.group_states():
+            raise UserError(f"there is no group {group}. `headwater groups list` shows those that are.")
+        described = client.describe_group(group)
+        rows = partition_rows(client, group)
+        if json:
+            show_json(
+                {
+                    "group": group,
+                    "state": described.state.lower(),
+                    "assignor": described.assignor,
+                    "members": [member._asdict() for member in described.members],
+                    "partitions": [msgspec.to_builtins(row) for row in rows],
+                }
+            )
+            return
+        console.print(
+            f"[bold]{group}[/]  {described.state.lower()}, {len(described.members)} members, "
+            f"lag {sum(row.lag or 0 for row in rows)}",
+            highlight=False,
+        )
+        show_table(
+            ("topic", "partition", "committed", "end", "lag", "member"),
+            [(row.topic, row.partition, row.committed, row.end, row.lag, row.member) for row in rows],
+            numbers=("partition", "committed", "end", "lag"),
+        )
+        for row in rows:
+            if row.waiting:
+                console.print(f"[red]waits[/] {row.topic}-{row.partition}: {row.waiting}", highlight=False)
+
+
+@app.command()
+def reset(
+    group: Group,
+    topic: Annotated[str, typer.Option(help="The topic whose offsets are reset.")],
+    to: Annotated[str, typer.Option(help="earliest, latest, an offset, +N or -N, or a time such as 2026-01-31T08:00.")],
+    partition: Annotated[list[int] | None, typer.Option(help="Only these partitions; repeatable.")] = None,
+    execute: Annotated[bool, typer.Option("--execute", help="Do it; without it the plan is shown.")] = False,
+    bootstrap_servers: Servers = DEFAULT_SERVERS,
+    json: Json = False,
+) -> None:
+    """Move a group's offsets. Without --execute nothing is changed. Refused while the group has members."""
+    with explained("groups reset"):
+        client = admin(bootstrap_servers)
+        counts = client.partition_counts()
+        if topic not in counts:
+            raise UserError(f"there is no topic {topic}.")
+        members = client.describe_group(group).members
+        if members:
+            raise UserError(
+                f"the group {group} has {len(members)} members, which would go on from where they are. Stop them first."
+            )
+        places = [(topic, index) for index in (partition or range(counts[topic]))]
+        committed = {place: position.offset for place, position in client.committed(group).items()}
+        starts, ends = client.start_offsets(places), client.end_offsets(places)
+        targets = _targets(client, to, places, committed, starts, ends)
+        clamped = {place: min(max(offset, starts[place]), ends[place]) for place, offset in targets.items()}
+        if execute:
+            client.alter_committed(group, clamped)
+        rows = [
+            (place[0], place[1], committed.get(place), clamped[place], ends[place] - clamped[place]) for place in places
+        ]
+        show_rows(("topic", "partition", "from", "to", "lag"), rows, json, numbers=("partition", "from", "to", "lag"))
+        if not json:
+            console.print(
+                "done" if execute else "dry run: nothing was changed. Add --execute to do it.", highlight=False
+            )
+
+
+def _targets(
+    client: KafkaAdmin,
+    to: str,
+    places: list[tuple[str, int]],
+    committed: dict[tuple[str, int], int],
+    starts: dict[tuple[str, int], int],
+    ends: dict[tuple[str, int], int],
+) -> dict[tuple[str, int], int]:
+    if to == "earliest":
+        return starts
+    if to == "latest":
+        return ends
+    if to[0] in "+-" and to[1:].isdigit():
+        return {place: committed.get(place, starts[place]) + int(to) for place in places}
+    if to.isdigit():
+        return dict.fromkeys(places, int(to))
+    return client.offsets_at(places, parse_time_ms(to))
+
+
+def parse_time_ms(text: str) -> int:
+    """An ISO-8601 time, in UTC unless it says otherwise. Raises UserError."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(
+            f"{text!r} is no place in a log: give earliest, latest, an offset, +N, -N, or a time as in 2026-01-31T08:00."
+        ) from None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1000)
+
+
+@app.command()
+def delete(
+    group: Group,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    bootstrap_servers: Servers = DEFAULT_SERVERS,
+    json: Json = False,
+) -> None:
+    """Forget a group that has no members, with its offsets."""
+    with explained("groups delete"):
+        client = admin(bootstrap_servers)
+        if not yes and not typer.confirm(f"Forget {group} and its offsets?"):
+            raise typer.Exit(1)
+        client.delete_group(group)
+        if json:
+            show_json({"deleted": group})
+        else:
+            console.print(f"deleted {group}", highlight=False)

@@ -1,0 +1,95 @@
+"""What every command prints: tables that fit the terminal, or JSON for programs; errors that say what to do next."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from headwater.kafka.admin import AdminError, KafkaAdmin
+from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settings
+
+console = Console()
+errors = Console(stderr=True)
+
+Servers = Annotated[
+    str,
+    typer.Option(
+        "--bootstrap-servers",
+        envvar="HEADWATER_BOOTSTRAP_SERVERS",
+        help="HOST:PORT of the cluster, several with commas.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_SERVERS = DEFAULT_BOOTSTRAP_SERVERS
+
+
+def admin(servers: str) -> KafkaAdmin:
+    """Raises NotReachable."""
+    client = KafkaAdmin(Settings(servers))
+    client.check_reachable()
+    return client
+
+
+@contextmanager
+def explained(command: str) -> Iterator[None]:
+    """An error that a person can do something about is one message and exit code 1, never a traceback."""
+    try:
+        yield
+    except (AdminError, InvalidSetting, UserError) as error:
+        errors.print(f"headwater {command}: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+class UserError(Exception):
+    """What was asked for can't be done; the message says what can."""
+
+
+def show_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
+    """Columns named in `numbers` are set to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table, highlight=False)
+
+
+def show_rows(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    as_json: bool,
+    *,
+    numbers: Sequence[str] = (),
+    empty: str = "nothing",
+) -> None:
+    if as_json:
+        show_json([dict(zip([name.replace(" ", "_") for name in columns], row, strict=True)) for row in rows])
+    elif rows:
+        show_table(columns, rows, numbers=numbers)
+    else:
+        console.print(empty, highlight=False)
+
+
+def key_values(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """`NAME=VALUE` options. Raises UserError."""
+    values = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator or not name:
+            raise UserError(f"{option} takes NAME=VALUE, not {pair!r}.")
+        values[name] = value
+    return values
+
+
+def is_terminal() -> bool:
+    return sys.stdout.isatty()

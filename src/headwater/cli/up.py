@@ -1,0 +1,249 @@
+"""`headwater up`: a broker and applications, supervised; `up stop|start NAME` from another terminal.
+
+    DIR/broker        the broker's data            DIR/<app>.db    an application's SQLite database
+    DIR/up.sock       where stop and start are heard
+
+Each is a process of its own. One that dies is started again, after a second at first and after ten at most. On SIGTERM
+the applications stop before the broker, so that each can commit where it is.
+"""
+
+import asyncio
+import json as json_library
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwater.cli.output import Json, UserError, console, explained, show_json
+
+app = typer.Typer(invoke_without_command=True, help="A broker and applications, on one machine, supervised.")
+
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 10.0
+STEADY_SECONDS = 30.0  # one that ran this long starts again without a pause next time
+STOP_SECONDS = 30.0
+BROKER = "broker"
+
+Data = Annotated[Path, typer.Option("--data", help="Directory of the broker, the databases and the control socket.")]
+
+
+class Supervised:
+    """One process that shall run."""
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], address: str = "") -> None:
+        self.name = name
+        self.command = command
+        self.environment = environment
+        self.address = address
+        self.process: asyncio.subprocess.Process | None = None
+        self.wanted = True
+        self.changed = asyncio.Event()
+
+    async def supervise(self) -> None:
+        """Keep it running while it is wanted."""
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            if not self.wanted:
+                self.changed.clear()
+                await self.changed.wait()
+                continue
+            started = time.monotonic()
+            code = await self._run_once()
+            if not self.wanted:
+                console.print(f"{self.name}: stopped", highlight=False)
+                continue
+            if time.monotonic() - started > STEADY_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            console.print(f"{self.name}: ended with code {code}, starts again in {pause:.0f} s", highlight=False)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    async def _run_once(self) -> int:
+        self.process = process = await asyncio.create_subprocess_exec(
+            *self.command,
+            env={**os.environ, **self.environment},
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        ready = True
+        if self.name == BROKER:
+            assert process.stdout is not None
+            line = (await process.stdout.readline()).decode()
+            ready = line.startswith("ready ")
+            self.address = line.removeprefix("ready ").strip()
+        if ready:
+            console.print(f"{self.name}: {self.address or 'running'}, pid {process.pid}", highlight=False)
+        code = await process.wait()
+        self.process = None
+        return code
+
+    def stop(self) -> None:
+        self.wanted = False
+        self.changed.set()
+        if self.process is not None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def start(self) -> None:
+        self.wanted = True
+        self.changed.set()
+
+    async def wait_stopped(self) -> None:
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.process is not None:
+            if time.monotonic() > deadline:
+                console.print(f"{self.name}: did not stop within {STOP_SECONDS:.0f} s, ended", highlight=False)
+                self.process.kill()
+            await asyncio.sleep(0.02)
+
+    def status(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "running": self.process is not None,
+            "pid": self.process.pid if self.process is not None else None,
+            "address": self.address or None,
+        }
+
+
+@app.callback()
+def up(
+    context: typer.Context,
+    data: Data = Path("./headwater-data"),
+    port: Annotated[int, typer.Option(help="The broker's port on 127.0.0.1; 0 takes a free one.")] = 9092,
+    bootstrap_servers: Annotated[
+        str | None, typer.Option(help="Use this cluster; no broker is started.", envvar="HEADWATER_BOOTSTRAP_SERVERS")
+    ] = None,
+    application: Annotated[
+        list[str] | None, typer.Option("--app", metavar="MODULE:APP", help="An application; repeatable.")
+    ] = None,
+) -> None:
+    """Start everything and keep it running until SIGTERM or Ctrl-C."""
+    if context.invoked_subcommand is not None:
+        context.obj = data
+        return
+    with explained("up"):
+        data.mkdir(parents=True, exist_ok=True)
+        code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, application or []))
+    raise typer.Exit(code)
+
+
+async def _supervise(data: Path, port: int, servers: str | None, targets: list[str]) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    everyone: list[Supervised] = []
+    tasks: list[asyncio.Task[None]] = []
+    control = await _listen(data, everyone)
+    try:
+        if servers is None:
+            command = [sys.executable, "-m", "headwater", "broker", "--data", str(data / BROKER)]
+            broker = Supervised(BROKER, [*command, "--listen", f"127.0.0.1:{port}"], {})
+            everyone.append(broker)
+            tasks.append(asyncio.create_task(broker.supervise()))
+            while not broker.address and not stop.is_set():
+                if broker.process is not None and broker.process.returncode is not None:
+                    raise UserError("the broker did not start.")
+                await asyncio.sleep(0.01)
+            servers = broker.address
+        for target in targets:
+            everyone.append(_application(target, data, servers))
+            tasks.append(asyncio.create_task(everyone[-1].supervise()))
+        await stop.wait()
+    finally:
+        console.print("stopping", highlight=False)
+        for group in ([each for each in everyone if each.name != BROKER], everyone):
+            for each in group:
+                each.stop()
+            await asyncio.gather(*(each.wait_stopped() for each in group))
+        for task in tasks:
+            task.cancel()
+        control.close()
+        (data / "up.sock").unlink(missing_ok=True)
+    return 0
+
+
+def _application(target: str, data: Path, servers: str) -> Supervised:
+    name = target.partition(":")[0].rpartition(".")[2]
+    environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
+    if "HEADWATER_DATABASE_URL" not in os.environ:
+        environment["HEADWATER_DATABASE_URL"] = f"sqlite:///{data / name}.db"
+    return Supervised(name, [sys.executable, "-m", "headwater", "run", "--log-level", "warning", target], environment)
+
+
+async def _listen(data: Path, everyone: list[Supervised]) -> asyncio.Server:
+    path = data / "up.sock"
+    if path.exists():
+        try:
+            _, writer = await asyncio.open_unix_connection(str(path))
+            writer.close()
+            raise UserError(f"another `headwater up` runs on {data}. Stop it, or take another directory with --data.")
+        except ConnectionRefusedError:
+            path.unlink()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        action, _, name = (await reader.readline()).decode().strip().partition(" ")
+        found = next((each for each in everyone if each.name == name), None)
+        if action in ("stop", "start") and found is None:
+            known = ", ".join(each.name for each in everyone)
+            answer: dict[str, object] = {"error": f"nothing here is called {name!r}: there are {known}."}
+        else:
+            if found is not None and action == "stop":
+                found.stop()
+                await found.wait_stopped()
+            elif found is not None and action == "start":
+                found.start()
+            answer = {"processes": [each.status() for each in everyone]}
+        writer.write(json_library.dumps(answer).encode() + b"\n")
+        await writer.drain()
+        writer.close()
+
+    return await asyncio.start_unix_server(serve, str(path))
+
+
+async def _ask(data: Path, request: str) -> dict[str, object]:
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(data / "up.sock"))
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise UserError(f"no `headwater up` runs on {data}. Name its directory: headwater up --data DIR ...") from None
+    writer.write(request.encode() + b"\n")
+    answer = json_library.loads(await reader.readline())
+    writer.close()
+    if "error" in answer:
+        raise UserError(str(answer["error"]))
+    assert isinstance(answer, dict)
+    return answer
+
+
+@app.command()
+def stop(context: typer.Context, name: str, json: Json = False) -> None:
+    """Stop one process, and keep it stopped."""
+    with explained("up stop"):
+        answer = asyncio.run(_ask(context.obj, f"stop {name}"))
+        show_json(answer) if json else console.print(f"stopped {name}", highlight=False)
+
+
+@app.command()
+def start(context: typer.Context, name: str, json: Json = False) -> None:
+    """Start one process again."""
+    with explained("up start"):
+        answer = asyncio.run(_ask(context.obj, f"start {name}"))
+        show_json(answer) if json else console.print(f"started {name}", highlight=False)
+
+
+@app.command()
+def status(context: typer.Context, json: Json = False) -> None:
+    """What runs, where."""
+    with explained("up status"):
+        answer = asyncio.run(_ask(context.obj, "status"))
+        if json:
+            show_json(answer)
+            return
+        processes = answer["processes"]
+        assert isinstance(processes, list)
+        for each in processes:
+            state = f"pid {each['pid']}" if each["running"] else "stopped"
+            console.print(f"{each['name']}: {each['address'] or ''} {state}", highlight=False)

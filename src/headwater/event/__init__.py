@@ -1,0 +1,1 @@
+"""What an event is: typed data in an envelope. No Kafka, no database."""

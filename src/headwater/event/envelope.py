@@ -1,0 +1,62 @@
+"""The envelope of every event, and what is carried from cause to effect.
+
+    {"eventId": ..., "eventType": "OrderCreated", "eventVersion": "v1", "timestamp": ISO-8601, "source": ...,
+     "correlationId": ..., "causationId": ..., "data": {...}, "metadata": {"userId": ..., "sessionId": ...}}
+
+The correlation id is one for a whole story: a web request and everything that follows from it. The causation id is the
+id of the event, or of the request, that led to this one. Both are set by the runtime, from the current `Cause`.
+"""
+
+import uuid
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+
+
+class Metadata(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Who acts."""
+
+    user_id: str | None = None
+    session_id: str | None = None
+
+
+class Envelope(msgspec.Struct, frozen=True, rename="camel"):
+    event_id: str
+    event_type: str
+    event_version: str
+    timestamp: datetime
+    source: str
+    correlation_id: str
+    causation_id: str | None
+    data: Any
+    """The event; `Any`, because its class is the application's."""
+    metadata: Metadata = Metadata()
+
+
+class Cause(NamedTuple):
+    """What is being handled now: an event or a web request."""
+
+    correlation_id: str
+    causation_id: str | None
+    metadata: Metadata = Metadata()
+
+
+_cause: ContextVar[Cause | None] = ContextVar("headwater_cause", default=None)
+
+
+def current_cause() -> Cause:
+    """The cause of what is published now; without one a new story begins."""
+    return _cause.get() or Cause(new_id(), None)
+
+
+set_cause = _cause.set
+
+
+def new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def now() -> datetime:
+    return datetime.now(UTC)

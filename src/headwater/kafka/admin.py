@@ -1,0 +1,257 @@
+"""Administration through Kafka's own requests: topics, groups, offsets. Works on any Kafka."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from confluent_kafka import (
+    ConsumerGroupTopicPartitions,
+    KafkaException,
+    TopicCollection,
+    TopicPartition,
+)
+from confluent_kafka.admin import (
+    AdminClient,
+    AlterConfigOpType,
+    ClusterMetadata,
+    ConfigEntry,
+    ConfigResource,
+    NewPartitions,
+    NewTopic,
+    OffsetSpec,
+    ResourceType,
+)
+
+from headwater.settings import Settings
+
+TIMEOUT_SECONDS = 15.0
+ALREADY_EXISTS = 36
+UNKNOWN_TOPIC = 3
+
+
+class AdminError(Exception):
+    """The cluster refused, or could not be reached; the message says what and why."""
+
+
+class NotReachable(AdminError):
+    """No broker answered."""
+
+
+class TopicDescription(NamedTuple):
+    name: str
+    topic_id: str
+    partitions: list["PartitionDescription"]
+    is_internal: bool
+
+
+class PartitionDescription(NamedTuple):
+    partition: int
+    leader: int
+    replicas: list[int]
+    in_sync_replicas: list[int]
+
+
+class ConfigValue(NamedTuple):
+    value: str
+    is_default: bool
+
+
+class GroupMember(NamedTuple):
+    member_id: str
+    client_id: str
+    host: str
+    instance_id: str | None
+    partitions: list[tuple[str, int]]
+
+
+class GroupDescription(NamedTuple):
+    group: str
+    state: str
+    assignor: str
+    members: list[GroupMember]
+
+
+class CommittedPosition(NamedTuple):
+    offset: int
+    metadata: str
+
+
+class KafkaAdmin:
+    def __init__(self, settings: Settings) -> None:
+        self._servers = settings.bootstrap_servers
+        self._client = AdminClient({"bootstrap.servers": settings.bootstrap_servers, "log_level": 0, **settings.kafka})
+
+    def check_reachable(self, seconds: float = 5.0) -> None:
+        """Raises NotReachable."""
+        try:
+            self._client.list_topics(timeout=seconds)
+        except KafkaException as error:
+            raise NotReachable(
+                f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
+                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT."
+            ) from None
+
+    # Topics
+
+    def topic_names(self) -> list[str]:
+        return sorted(self._metadata().topics)
+
+    def describe_topics(self, names: Sequence[str]) -> list[TopicDescription]:
+        """Raises AdminError for an unknown one."""
+        found = []
+        for name, future in self._client.describe_topics(TopicCollection(list(names))).items():
+            try:
+                topic = future.result(TIMEOUT_SECONDS)
+            except KafkaException as error:
+                raise AdminError(f"the topic {name}: {error.args[0].str()}") from None
+            partitions = [
+                PartitionDescription(
+                    each.id,
+                    each.leader.id if each.leader is not None else -1,
+                    [node.id for node in each.replicas],
+                    [node.id for node in each.isr],
+                )
+                for each in topic.partitions
+            ]
+            found.append(TopicDescription(topic.name, str(topic.topic_id), partitions, topic.is_internal))
+        return found
+
+    def partition_counts(self) -> dict[str, int]:
+        return {name: len(topic.partitions) for name, topic in self._metadata().topics.items()}
+
+    def create_topic(
+        self, name: str, partitions: int = -1, replication_factor: int = -1, configs: Mapping[str, str] | None = None
+    ) -> bool:
+        """False when it was there already. Raises AdminError."""
+        topic = NewTopic(name, partitions, replication_factor, config=dict(configs or {}))
+        try:
+            self._client.create_topics([topic], operation_timeout=TIMEOUT_SECONDS)[name].result(TIMEOUT_SECONDS)
+        except KafkaException as error:
+            if error.args[0].code() == ALREADY_EXISTS:
+                return False
+            raise AdminError(f"the topic {name} can't be created: {error.args[0].str()}") from None
+        return True
+
+    def delete_topic(self, name: str) -> None:
+        """Raises AdminError."""
+        self._result(self._client.delete_topics([name])[name], f"the topic {name} can't be deleted")
+
+    def grow_topic(self, name: str, partitions: int) -> None:
+        """Raises AdminError."""
+        future = self._client.create_partitions([NewPartitions(name, partitions)])[name]
+        self._result(future, f"the topic {name} can't have {partitions} partitions")
+
+    def topic_configs(self, name: str) -> dict[str, ConfigValue]:
+        """Raises AdminError."""
+        resource = ConfigResource(ResourceType.TOPIC, name)
+        future = self._client.describe_configs([resource])[resource]
+        entries = self._result(future, f"the configs of {name} can't be read")
+        return {
+            key: ConfigValue(entry.value, entry.is_default or entry.source != 1)
+            for key, entry in sorted(entries.items())
+        }
+
+    def alter_topic_configs(self, name: str, changes: Mapping[str, str | None]) -> None:
+        """A value of None goes back to the default. Raises AdminError."""
+        entries = [
+            ConfigEntry(
+                key,
+                value or "",
+                incremental_operation=AlterConfigOpType.DELETE if value is None else AlterConfigOpType.SET,
+            )
+            for key, value in changes.items()
+        ]
+        resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+        future = self._client.incremental_alter_configs([resource])[resource]
+        self._result(future, f"the configs of {name} can't be changed")
+
+    # Offsets
+
+    def offsets(self, partitions: Sequence[tuple[str, int]], spec: OffsetSpec) -> dict[tuple[str, int], int]:
+        """Raises AdminError."""
+        if not partitions:
+            return {}
+        wanted = {TopicPartition(topic, index): spec for topic, index in partitions}
+        found = {}
+        for place, future in self._client.list_offsets(wanted).items():
+            answer = self._result(future, f"the offsets of {place.topic}-{place.partition} can't be read")
+            found[place.topic, place.partition] = answer.offset
+        return found
+
+    def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        return self.offsets(partitions, OffsetSpec.latest())
+
+    def start_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        return self.offsets(partitions, OffsetSpec.earliest())
+
+    def offsets_at(self, partitions: Sequence[tuple[str, int]], timestamp_ms: int) -> dict[tuple[str, int], int]:
+        """The first offset at or after the time; the end where there is none."""
+        found = self.offsets(partitions, OffsetSpec.for_timestamp(timestamp_ms))
+        late = [place for place, offset in found.items() if offset < 0]
+        return {**found, **self.end_offsets(late)}
+
+    # Groups
+
+    def group_states(self) -> dict[str, str]:
+        """Raises AdminError."""
+        listing = self._client.list_consumer_groups().result(TIMEOUT_SECONDS)
+        return {group.group_id: group.state.name if group.state else "" for group in listing.valid}
+
+    def describe_group(self, group: str) -> GroupDescription:
+        """Raises AdminError."""
+        future = self._client.describe_consumer_groups([group])[group]
+        found = self._result(future, f"the group {group} can't be described")
+        members = [
+            GroupMember(
+                member.member_id,
+                member.client_id,
+                member.host,
+                member.group_instance_id,
+                [(each.topic, each.partition) for each in member.assignment.topic_partitions]
+                if member.assignment
+                else [],
+            )
+            for member in found.members
+        ]
+        return GroupDescription(group, found.state.name, found.partition_assignor, members)
+
+    def committed(self, group: str) -> dict[tuple[str, int], CommittedPosition]:
+        """Raises AdminError."""
+        future = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
+        found = self._result(future, f"the offsets of {group} can't be read")
+        return {
+            (each.topic, each.partition): CommittedPosition(each.offset, each.metadata or "")
+            for each in found.topic_partitions
+            if each.offset >= 0
+        }
+
+    def alter_committed(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
+        """Raises AdminError while the group has members."""
+        places = [TopicPartition(topic, index, offset) for (topic, index), offset in offsets.items()]
+        request = ConsumerGroupTopicPartitions(group, places)
+        future = self._client.alter_consumer_group_offsets([request])[group]
+        found = self._result(future, f"the offsets of {group} can't be changed")
+        for each in found.topic_partitions:
+            if each.error is not None:
+                raise AdminError(f"the offset of {each.topic}-{each.partition} can't be changed: {each.error.str()}")
+
+    def delete_group(self, group: str) -> None:
+        """Raises AdminError."""
+        self._result(self._client.delete_consumer_groups([group])[group], f"the group {group} can't be deleted")
+
+    def _metadata(self) -> ClusterMetadata:
+        try:
+            return self._client.list_topics(timeout=TIMEOUT_SECONDS)
+        except KafkaException as error:
+            raise NotReachable(
+                f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
+                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT."
+            ) from None
+
+    def _result(self, future: "Future[Any]", what: str) -> Any:
+        try:
+            return future.result(TIMEOUT_SECONDS)
+        except KafkaException as error:
+            raise AdminError(f"{what}: {error.args[0].str()}") from None
+        except TimeoutError:
+            raise NotReachable(f"{what}: no answer from {self._servers} within {TIMEOUT_SECONDS:.0f} s") from None

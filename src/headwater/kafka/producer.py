@@ -1,0 +1,166 @@
+"""Producing: a confluent-kafka producer, its poll thread, and acknowledgements for the event loop.
+
+Records of one key keep their order and are written once per send (idempotence); the partition is always Kafka's own
+choice for the key, murmur2, so that producers in any language agree. Acknowledgements come back in batches: one wake-up
+of the loop for all that a poll delivered.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import StrEnum
+from typing import NamedTuple
+
+import confluent_kafka
+
+from headwater.settings import Settings
+
+Headers = list[tuple[str, str | bytes | None]]
+
+FLUSH_SECONDS = 20.0
+POLL_SECONDS = 0.1
+
+
+class Profile(StrEnum):
+    """How a producer weighs latency against throughput; the seed's five settings are those of THROUGHPUT."""
+
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+PROFILES: dict[Profile, dict[str, str | int]] = {
+    Profile.LATENCY: {"linger.ms": 0, "compression.type": "none"},
+    # Sarama's Flush.Bytes 16384, Flush.Messages 100 and MaxMessages 1000: librdkafka sends a batch when it has 16,384
+    # bytes or 1,000 messages, or has lingered, whichever comes first.
+    Profile.THROUGHPUT: {
+        "linger.ms": 5,
+        "compression.type": "snappy",
+        "batch.size": 16384,
+        "batch.num.messages": 1000,
+    },
+}
+
+ALWAYS: dict[str, str | int | bool] = {
+    "acks": "all",
+    "enable.idempotence": True,
+    "partitioner": "murmur2_random",
+}
+
+
+class NotPublished(Exception):
+    """The broker did not acknowledge; the message says why. Whether it is in the log is not known."""
+
+
+class Acknowledged(NamedTuple):
+    topic: str
+    partition: int
+    offset: int
+
+
+def producer_config(settings: Settings, profile: Profile) -> dict[str, str | int | bool]:
+    return {
+        "bootstrap.servers": settings.bootstrap_servers,
+        **PROFILES[profile],
+        **ALWAYS,
+        **settings.kafka,
+    }
+
+
+class KafkaProducer:
+    """One producer for a process; `send` from any thread."""
+
+    def __init__(self, settings: Settings, profile: Profile = Profile.LATENCY) -> None:
+        self._producer = confluent_kafka.Producer(producer_config(settings, profile))
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="producer", daemon=True)
+        self._thread.start()
+
+    def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers,
+        done: "Callable[[Acknowledged | NotPublished], None]",
+    ) -> None:
+        """`done` is called in the poll thread. Blocks while the client's queue is full: that is the back-pressure."""
+
+        def delivered(error: confluent_kafka.KafkaError | None, message: confluent_kafka.Message) -> None:
+            if error is not None:
+                done(NotPublished(f"{topic}: {error.str()}"))
+            else:
+                done(Acknowledged(topic, message.partition() or 0, message.offset() or 0))
+
+        while True:
+            try:
+                self._producer.produce(topic, value, key, headers=headers, on_delivery=delivered)
+                return
+            except BufferError:
+                self._producer.poll(POLL_SECONDS)
+            except confluent_kafka.KafkaException as error:
+                done(NotPublished(f"{topic}: {error.args[0].str()}"))
+                return
+
+    def send_and_wait(self, topic: str, key: bytes | None, value: bytes | None, headers: Headers) -> Acknowledged:
+        """For threads without a loop. Raises NotPublished."""
+        future: Future[Acknowledged] = Future()
+        self.send(topic, key, value, headers, lambda result: _settle(future, result))
+        return future.result()
+
+    def flush(self, seconds: float = FLUSH_SECONDS) -> int:
+        """How many records are still under way after that time."""
+        return int(self._producer.flush(seconds))
+
+    def close(self) -> None:
+        self.flush()
+        self._stopping.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._stopping.is_set():
+            self._producer.poll(POLL_SECONDS)
+
+
+def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:
+    if isinstance(result, NotPublished):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+class LoopProducer:
+    """A producer whose acknowledgements are awaited on one event loop."""
+
+    def __init__(self, producer: KafkaProducer, loop: asyncio.AbstractEventLoop) -> None:
+        self._producer = producer
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._done: list[tuple[asyncio.Future[Acknowledged], Acknowledged | NotPublished]] = []
+
+    def send(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers
+    ) -> "asyncio.Future[Acknowledged]":
+        """The future fails with NotPublished."""
+        future: asyncio.Future[Acknowledged] = self._loop.create_future()
+        self._producer.send(topic, key, value, headers, lambda result: self._acknowledged(future, result))
+        return future
+
+    def _acknowledged(self, future: "asyncio.Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:
+        """In the poll thread."""
+        with self._lock:
+            self._done.append((future, result))
+            first = len(self._done) == 1
+        if first:
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            done, self._done = self._done, []
+        for future, result in done:
+            if future.done():
+                continue  # whoever waited was cancelled
+            if isinstance(result, NotPublished):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

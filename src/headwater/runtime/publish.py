@@ -1,0 +1,57 @@
+"""Where an event goes: the one topic that lists its class, with the key that the topic names.
+
+An event that no topic lists, and one that two topics list, are errors at the start or where it is published: never a
+guess.
+"""
+
+from collections.abc import Iterable
+
+from headwater.event.codec import Encoded, encode
+from headwater.event.envelope import Metadata, current_cause
+from headwater.event.topic import Topic
+from headwater.store.outbox import OutboxRow
+
+
+class NoTopic(Exception):
+    """The event's class is listed by no topic of the application, or by two."""
+
+
+class Router:
+    """The topics of an application, by the events that they list."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.topics: dict[str, Topic] = {}
+        self._by_class: dict[type, Topic] = {}
+
+    def add(self, topics: Iterable[Topic]) -> None:
+        """Raises NoTopic when two topics list the same class."""
+        for topic in topics:
+            known = self.topics.setdefault(topic.name, topic)
+            if known is not topic:
+                raise NoTopic(f"the topic {topic.name} is declared twice: use one Topic object for both.")
+            for cls in topic.events:
+                other = self._by_class.setdefault(cls, topic)
+                if other is not topic:
+                    raise NoTopic(
+                        f"{cls.__name__} is listed by {other.name} and by {topic.name}: it can have one topic only."
+                    )
+
+    def topic_of(self, event: object) -> Topic:
+        """Raises NoTopic."""
+        topic = self._by_class.get(type(event))
+        if topic is None:
+            raise NoTopic(
+                f"no topic of this application lists {type(event).__name__}: give the App its topic, "
+                f"App({self.source!r}, topics=[...])."
+            )
+        return topic
+
+    def encode(self, event: object, metadata: Metadata | None = None) -> tuple[Topic, bytes, Encoded]:
+        """The event's topic, its key and its bytes. Raises NoTopic, InvalidTopic."""
+        topic = self.topic_of(event)
+        return topic, topic.key_of(event), encode(event, self.source, current_cause(), metadata)
+
+    def outbox_row(self, event: object) -> OutboxRow:
+        topic, key, encoded = self.encode(event)
+        return OutboxRow(encoded.event_id, topic.name, key, encoded.event_type, encoded.value, encoded.headers)

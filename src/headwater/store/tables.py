@@ -1,0 +1,44 @@
+"""The tables that Headwater keeps in an application's database.
+
+headwater_outbox   events that are to be published: see headwater.store.outbox
+"""
+
+from sqlalchemy import (
+    DDL,
+    BigInteger,
+    Column,
+    DateTime,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    event,
+    func,
+)
+
+metadata = MetaData()
+
+outbox = Table(
+    "headwater_outbox",
+    metadata,
+    Column("position", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("event_id", String(64), nullable=False, unique=True),
+    Column("topic", String(249), nullable=False),
+    Column("key", LargeBinary, nullable=True),
+    Column("event_type", String(249), nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("headers", LargeBinary, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    sqlite_autoincrement=True,  # a position that was deleted is not given out again
+)
+
+# Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the
+# relay which rows are below every transaction that is still open.
+event.listen(
+    outbox,
+    "after_create",
+    DDL("ALTER TABLE headwater_outbox ADD COLUMN xact_id xid8 NOT NULL DEFAULT pg_current_xact_id()").execute_if(
+        dialect="postgresql"
+    ),
+)
