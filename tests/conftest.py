@@ -1,5 +1,7 @@
 """Engines: each behaviour that a user may rely on is tested on the embedded broker and on Apache Kafka, by one suite."""
 
+import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +81,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
+
+
+class Evidence:
+    """Writes what a soak run has seen to docs/evidence: a table with commit, date, seeds and counts."""
+
+    folder = Path(__file__).parent.parent / "docs" / "evidence"
+
+    def write(self, name: str, row: dict[str, object]) -> None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=self.folder.parent
+        ).stdout.strip()
+        row = {"commit": commit, "date": time.strftime("%Y-%m-%d"), **row}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.md"
+        if not path.exists():
+            path.write_text(f"# {name}\n\n| {' | '.join(row)} |\n|{'---|' * len(row)}\n")
+        with path.open("a") as file:
+            file.write(f"| {' | '.join(map(str, row.values()))} |\n")
+
+
+@pytest.fixture
+def evidence() -> Evidence:
+    return Evidence()

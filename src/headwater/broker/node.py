@@ -10,12 +10,12 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from headwater.broker.broker_config import BrokerConfig
 from headwater.broker.fetch_session import FetchSessions
 from headwater.broker.group.coordinator import GroupCoordinator
-from headwater.broker.log.flush import Flusher, GroupCommitFlusher, InlineFlusher, die
+from headwater.broker.log.flush import Flusher, OnDurable, die
 from headwater.broker.log.log_directory import LogDirectory
 from headwater.broker.log.partition_log import FlushWork, LogConfig, PartitionLog
 from headwater.broker.metadata import (
@@ -51,8 +51,7 @@ class Node:
         clock: Clock,
         loop: asyncio.AbstractEventLoop,
         random_source: random.Random,
-        *,
-        flush_inline: bool = False,
+        new_flusher: Callable[[OnDurable], Flusher],
     ) -> None:
         self.config = config
         self.directory = directory
@@ -65,9 +64,7 @@ class Node:
         self.metadata = ClusterMetadata(self.node_id)
         self.partitions: dict[PartitionKey, Partition] = {}
         self.sessions = FetchSessions(config.number("max.incremental.fetch.session.cache.slots"), random_source)
-        self.flusher: Flusher = (
-            InlineFlusher(self._on_durable) if flush_inline else GroupCommitFlusher(loop, self._on_durable)
-        )
+        self.flusher = new_flusher(self._on_durable)
         self.groups = GroupCoordinator(config, clock, loop, self.append_offsets_records)
         self._by_log: dict[PartitionLog, Partition] = {}
         self._producer_ids: Iterable[int] = iter(())

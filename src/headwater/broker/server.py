@@ -4,6 +4,7 @@ One event loop owns all state. Nothing is printed before the broker answers; the
 """
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ from headwater.broker.connection import Connection
 from headwater.broker.dispatch import Dispatcher
 from headwater.broker.housekeeping import Housekeeping
 from headwater.broker.log.file_system import DiskFileSystem, FileSystem
+from headwater.broker.log.flush import GroupCommitFlusher
 from headwater.broker.log.log_directory import LogDirectory
 from headwater.broker.node import Node
 from headwater.broker.wire.frame import BufferPool
@@ -42,7 +44,6 @@ class BrokerOptions:
     config: BrokerConfig
     file_system: FileSystem = field(default_factory=DiskFileSystem)
     clock: Clock = field(default_factory=SystemClock)
-    flush_inline: bool = False
 
 
 class Broker:
@@ -55,7 +56,7 @@ class Broker:
         config = options.config
         self.directory = LogDirectory(options.data, options.file_system, config.number("node.id"))
         self.node = Node(
-            config, self.directory, options.clock, loop, random.Random(), flush_inline=options.flush_inline
+            config, self.directory, options.clock, loop, random.Random(), functools.partial(GroupCommitFlusher, loop)
         )
         self.dispatcher = Dispatcher(self.node)
         self._pool = BufferPool()

@@ -8,7 +8,7 @@ thread and back costs more than the sync; any other goes to the one flusher thre
 A failed sync ends the process: the pages are gone and a second sync would "succeed" (HARD PARTS of every database since
 2018's fsync reports). The broker starts again and recovers from what is on the disk.
 
-`InlineFlusher` does the same without loop or thread, for tests and simulations.
+`SteppedFlusher` does the same without loop or thread, for tests and simulations.
 """
 
 import asyncio
@@ -41,10 +41,12 @@ class Flusher(Protocol):
         """Sync what is dirty and stop."""
 
 
-def sync(work: FlushWork) -> None:
+def sync(log: PartitionLog, work: FlushWork) -> None:
     """Raises OSError: nothing is known of the bytes then."""
     for file in work.files:
         file.sync()
+    for directory in work.directories:
+        log.file_system.sync_directory(directory)
 
 
 def die(error: OSError) -> None:
@@ -54,25 +56,30 @@ def die(error: OSError) -> None:
     os._exit(70)
 
 
-class InlineFlusher:
-    """Syncs at once, where it is called."""
+class SteppedFlusher:
+    """Syncs what is dirty when it is told to: group commit without loop or thread, for tests and simulations."""
 
     def __init__(self, on_durable: OnDurable) -> None:
         self._on_durable = on_durable
+        self._dirty: dict[PartitionLog, None] = {}
 
     def mark_dirty(self, log: PartitionLog, waiters: int = 1) -> None:
-        self.flush_now(log)
+        self._dirty[log] = None
+
+    def step(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for log in dirty:
+            self.flush_now(log)
 
     def flush_now(self, log: PartitionLog) -> None:
+        self._dirty.pop(log, None)
         work = log.begin_flush()
-        sync(work)
-        for directory in work.directories:
-            log.file_system.sync_directory(directory)
+        sync(log, work)
         log.flushed(work)
         self._on_durable(log, work)
 
     def close(self) -> None:
-        pass
+        self.step()
 
 
 class GroupCommitFlusher:
@@ -139,9 +146,7 @@ class GroupCommitFlusher:
         started = time.perf_counter()
         try:
             for log, work in round_:
-                sync(work)
-                for directory in work.directories:
-                    log.file_system.sync_directory(directory)
+                sync(log, work)
         except OSError as error:
             die(error)
         self._mean_seconds += SMOOTHING * (time.perf_counter() - started - self._mean_seconds)

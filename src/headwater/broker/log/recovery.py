@@ -55,8 +55,9 @@ def open_partition_log(
     if not bases:
         segments = [Segment(directory, log_start_offset, files)]
         _ = segments[0].file
+        epochs = _epochs(directory, files, [])  # a crash may have left them and taken the log
         return PartitionLog(
-            directory, files, config, segments, ProducerState(), LeaderEpochs([]), log_start_offset, log_start_offset
+            directory, files, config, segments, ProducerState(), epochs, log_start_offset, log_start_offset
         )
     segments = [Segment(directory, base, files, _size(directory, base, files)) for base in bases]
     if clean and all(
