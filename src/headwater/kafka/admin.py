@@ -22,6 +22,7 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
+from headwater.kafka.client_config import for_admin
 from headwater.settings import Settings
 
 TIMEOUT_SECONDS = 15.0
@@ -79,7 +80,9 @@ class CommittedPosition(NamedTuple):
 class KafkaAdmin:
     def __init__(self, settings: Settings) -> None:
         self._servers = settings.bootstrap_servers
-        self._client = AdminClient({"bootstrap.servers": settings.bootstrap_servers, "log_level": 0, **settings.kafka})
+        self._client = AdminClient(
+            {"bootstrap.servers": settings.bootstrap_servers, "log_level": 0, **for_admin(settings.kafka)}
+        )
 
     def check_reachable(self, seconds: float = 5.0) -> None:
         """Raises NotReachable."""

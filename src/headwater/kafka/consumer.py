@@ -10,6 +10,7 @@ from typing import Any
 import confluent_kafka
 from confluent_kafka import KafkaException, Message, TopicPartition
 
+from headwater.kafka.client_config import for_consumer
 from headwater.kafka.producer import Headers
 from headwater.settings import Settings
 
@@ -37,7 +38,7 @@ def consumer_config(settings: Settings, group: str) -> dict[str, str | int | boo
         "auto.offset.reset": "earliest",
         "fetch.queue.backoff.ms": 5,
         "queued.max.messages.kbytes": QUEUED_KBYTES,
-        **settings.kafka,
+        **for_consumer(settings.kafka),
         "group.id": group,
         "enable.auto.commit": False,
         "enable.auto.offset.store": False,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import confluent_kafka
 
+from headwater.kafka.client_config import for_producer
 from headwater.settings import Settings
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -63,7 +64,7 @@ def producer_config(settings: Settings, profile: Profile) -> dict[str, str | int
         "bootstrap.servers": settings.bootstrap_servers,
         **PROFILES[profile],
         **ALWAYS,
-        **settings.kafka,
+        **for_producer(settings.kafka),
     }
 
 

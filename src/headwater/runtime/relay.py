@@ -29,7 +29,8 @@ TROUBLE_SECONDS = 1.0
 ACK_SECONDS = 60.0
 ADVISORY_LOCK = 0x68656164  # "head"
 # A record that fails for good stops those behind it, instead of leaving a gap that a later retry would fill too late.
-GAPLESS = {"enable.gapless.guarantee": "true", "linger.ms": "1"}
+# (log_level 3: the client warns at every start that this is experimental.)
+GAPLESS = {"enable.gapless.guarantee": "true", "linger.ms": "1", "log_level": "3"}
 
 
 class Relay:

@@ -1,0 +1,56 @@
+"""Which of the client's properties go to whom: HEADWATER_KAFKA_* is one set for consumers, producers and admin clients.
+
+librdkafka warns about each property that is not its kind's, so each gets its own. A property that is on neither list is
+for all: addresses, security, time-outs of connections.
+"""
+
+from collections.abc import Mapping
+
+CONSUMER_ONLY = (
+    "auto.commit.",
+    "auto.offset.reset",
+    "check.crcs",
+    "client.rack",
+    "enable.auto.",
+    "enable.partition.eof",
+    "fetch.",
+    "group.",
+    "heartbeat.interval.ms",
+    "isolation.level",
+    "max.partition.fetch.bytes",
+    "max.poll.interval.ms",
+    "partition.assignment.strategy",
+    "queued.",
+    "session.timeout.ms",
+)
+PRODUCER_ONLY = (
+    "acks",
+    "batch.",
+    "compression.",
+    "delivery.",
+    "enable.gapless.guarantee",
+    "enable.idempotence",
+    "linger.ms",
+    "message.send.max.retries",
+    "message.timeout.ms",
+    "partitioner",
+    "queue.buffering.",
+    "request.required.acks",
+    "request.timeout.ms",
+    "retries",
+    "sticky.partitioning.linger.ms",
+    "transaction.timeout.ms",
+    "transactional.id",
+)
+
+
+def for_consumer(properties: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in properties.items() if not name.startswith(PRODUCER_ONLY)}
+
+
+def for_producer(properties: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in properties.items() if not name.startswith(CONSUMER_ONLY)}
+
+
+def for_admin(properties: Mapping[str, str]) -> dict[str, str]:
+    return for_consumer(for_producer(properties))
