@@ -1,8 +1,8 @@
 """One client's connection: bytes in, frames to the dispatcher, answers out in the order of the requests.
 
 Order     Produce requests are taken one after the other without waiting for the sync of the one before, because group
-          commit lives on that. Any other request that waits (a long poll, a rebalance) mutes the connection until it is
-          answered, as in Kafka.
+          commit lives on that. Any other request waits until those before it are answered, and mutes the connection
+          until it is answered itself (a long poll, a rebalance), as in Kafka.
 Fairness  A connection is read for at most READ_BUDGET bytes per turn of the loop: a bulk producer can't starve others.
 Memory    A client that doesn't read its answers isn't read from either; what waits for such clients counts against
           one limit for the whole broker, and large answers get smaller as it fills.
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 READ_BUDGET = 512 * 1024
 MAX_PIPELINED = 1024  # requests of one connection that wait for their answers
 WRITE_HIGH_WATER = 256 * 1024
+WRITE_TURN = 4 * 1024 * 1024  # bytes of answers after which others have their turn
+PRODUCE = b"\x00\x00"  # its API key
 
 Buffers = list[bytes | bytearray | memoryview]
 
@@ -67,7 +69,12 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._replies: deque[Reply] = deque()
         self._muted_by: Reply | None = None
+        self._held: memoryview | None = None
+        """A frame that was taken and waits for the answers before it."""
         self._budget = READ_BUDGET
+        self._written = 0
+        self._turn_scheduled = False
+        self._closing = False
         self._reading = True
         self._writing_paused = False
         self._handling = False
@@ -88,6 +95,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
+        self._closing = True
         self._reader.release()
         self._replies.clear()
         self._dispatcher.stalled_bytes -= self._stalled_bytes
@@ -104,9 +112,9 @@ class Connection(asyncio.BufferedProtocol):
         self._budget -= nbytes
         self.last_active = self._loop.time()
         self._process()
-        if self._budget <= 0 and self._reading and self._transport is not None:
+        if self._budget <= 0:
             self._pause()
-            self._loop.call_soon(self._next_turn)
+            self._take_turns()
 
     def eof_received(self) -> bool:
         return False
@@ -127,23 +135,32 @@ class Connection(asyncio.BufferedProtocol):
     # Requests
 
     def _process(self) -> None:
-        """Hand over the frames that have arrived, unless the connection is muted."""
+        """Hand over the frames that have arrived, unless something holds the connection."""
+        if self._closing or self._handling:
+            return
         self._handling = True
+        written = self._written
         try:
-            while self._muted_by is None and not self._writing_paused and self._transport is not None:
-                if len(self._replies) >= MAX_PIPELINED:
-                    self._pause()
-                    break
-                frame = self._reader.next_frame()
+            while self._muted_by is None and not self._writing_paused and not self._closing:
+                frame = self._held or self._reader.next_frame()
+                self._held = None
                 if frame is None:
                     break
+                if self._replies and (frame[:2] != PRODUCE or len(self._replies) >= MAX_PIPELINED):
+                    self._held = frame  # its turn comes when those before it are answered
+                    break
                 self._dispatcher.handle(frame, self)
+                if self._written - written > WRITE_TURN:
+                    self._take_turns()
+                    break
         except MalformedMessage as error:
             logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)
             self.close()
         finally:
             self._handling = False
-        if self._muted_by is not None and self._reader.waiting_bytes:
+        if self._reader.waiting_bytes and (
+            self._muted_by is not None or self._held is not None or self._turn_scheduled
+        ):
             self._pause()  # the buffer has no room for more than what waits
 
     def expect(self, head: bytes) -> Reply:
@@ -167,47 +184,63 @@ class Connection(asyncio.BufferedProtocol):
         if transport is None:
             return
         while replies and replies[0].buffers is not None:
-            transport.writelines(replies.popleft().buffers or [])
+            buffers = replies.popleft().buffers or []
+            self._written += sum(map(len, buffers))
+            transport.writelines(buffers)
         if self._muted_by is reply:
             self._muted_by = None
-            if not self._handling:
-                self._go_on()
-        elif not self._reading and not self._handling and self._muted_by is None:
+        if not self._reading or self._held is not None:
             self._go_on()
 
     def close(self) -> None:
-        """Answers that are under way still go out."""
-        if self._transport is not None:
+        """Answers that are under way still go out, if the client reads them."""
+        if self._transport is not None and not self._closing:
+            self._closing = True
             self._transport.close()
-            self._transport = None
 
     def abort(self) -> None:
+        self._closing = True
         if self._transport is not None:
             self._transport.abort()
+
+    def close_idle(self) -> None:
+        """Nobody reads here: what is under way is given up with it."""
+        if self._transport is not None and self._transport.get_write_buffer_size():
+            self.abort()
+        else:
+            self.close()
 
     # Flow
 
     def _pause(self) -> None:
-        if self._reading and self._transport is not None:
+        if self._reading and self._transport is not None and not self._closing:
             self._reading = False
             self._transport.pause_reading()
 
+    def _take_turns(self) -> None:
+        """Go on in the next turn of the loop: others come first."""
+        if not self._turn_scheduled:
+            self._turn_scheduled = True
+            self._loop.call_soon(self._next_turn)
+
     def _next_turn(self) -> None:
+        self._turn_scheduled = False
         self._budget = READ_BUDGET
         self._go_on()
 
     def _go_on(self) -> None:
         """What waits in the buffer first, then the socket."""
-        if self._transport is None or self._writing_paused or self._muted_by is not None:
+        if self._handling or self._turn_scheduled:
             return
         self._process()
         if (
-            self._transport is not None
+            not self._reading
+            and self._transport is not None
+            and not self._closing
             and self._muted_by is None
+            and self._held is None
             and not self._writing_paused
-            and len(self._replies) < MAX_PIPELINED
-            and not self._reading
-            and self._budget > 0
+            and not self._turn_scheduled
         ):
             self._reading = True
             self._transport.resume_reading()

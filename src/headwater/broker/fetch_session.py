@@ -81,7 +81,7 @@ class FetchSessions:
         session_id, epoch = request.session_id, request.session_epoch
         if epoch in (-1, 0):
             self._sessions.pop(session_id, None)
-            if epoch == -1 or not request.topics or not self._make_room(now):
+            if epoch == -1 or not self._make_room(now):
                 return None
             session = FetchSession(self._new_id(), uses_topic_ids, now)
             session.update(request)
@@ -100,6 +100,7 @@ class FetchSessions:
         found.update(request)
         if not found.partitions:
             del self._sessions[session_id]
+            return None
         return found
 
     def _make_room(self, now: float) -> bool:

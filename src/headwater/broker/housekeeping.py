@@ -85,7 +85,7 @@ class Housekeeping:
         before = self._loop.time() - self._idle_seconds
         for connection in list(dispatcher.connections):
             if connection.last_active < before and connection.delay is None:
-                connection.close()
+                connection.close_idle()
 
     def stop(self) -> None:
         for timer in self._timers.values():

@@ -148,6 +148,8 @@ class ClusterMetadata:
         self, name: str, partition_count: int, configs: Mapping[str, str], topic_id: bytes
     ) -> list[MetadataRecord]:
         check_name(name)
+        if name == METADATA_TOPIC:
+            raise ProtocolError(ErrorCode.INVALID_REQUEST, f"Creation of internal topic {name} is prohibited.")
         if name in self.topics:
             raise ProtocolError(ErrorCode.TOPIC_ALREADY_EXISTS, f"Topic '{name}' already exists.")
         same = next((other for other in self.topics if _collides(other, name)), None)

@@ -19,10 +19,12 @@ from headwater.broker.log.flush import Flusher, OnDurable, die
 from headwater.broker.log.log_directory import LogDirectory
 from headwater.broker.log.partition_log import FlushWork, LogConfig, PartitionLog
 from headwater.broker.metadata import (
+    INTERNAL_TOPICS,
     METADATA_TOPIC,
     ClusterMetadata,
     MetadataRecord,
     Topic,
+    TopicRecord,
     decode_record,
     encode_record,
 )
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 OFFSETS_TOPIC = "__consumer_offsets"
 OFFSETS_CONFIGS = {"cleanup.policy": "compact", "compression.type": "producer", "segment.bytes": "104857600"}
 METADATA_LOG = LogConfig(deletes=False)
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)  # it may pass: disk space, open files
 
 PartitionKey = tuple[str, int]
 
@@ -84,6 +86,10 @@ class Node:
         ):
             if record.value is not None:
                 self.metadata.apply(decode_record(record.value))
+        if self._metadata_log.is_dirty:
+            self.flusher.flush_now(self._metadata_log)
+        topic_ids = {topic.name: topic.topic_id for topic in self.metadata.topics.values()}
+        self.directory.set_aside_strays({METADATA_TOPIC: bytes(16), **topic_ids})
         for topic in self.metadata.topics.values():
             self._open_partitions(topic)
             if "compact" in topic.configs.get("cleanup.policy", ""):
@@ -91,7 +97,7 @@ class Node:
         if OFFSETS_TOPIC in self.metadata.topics:
             log = self.partitions[OFFSETS_TOPIC, 0].log
             self.groups.load(log.records(log.log_start_offset, log.log_end_offset))
-            self.groups.clamp_offsets(self._log_end)
+            self.groups.check_offsets(self._log_end, topic_ids)
         self.directory.file_system.sync_directory(self.directory.path)
 
     def _log_end(self, topic: str, index: int) -> int | None:
@@ -123,16 +129,59 @@ class Node:
 
     def create_topic(self, name: str, partition_count: int, configs: Mapping[str, str]) -> Topic:
         """Raises ProtocolError."""
-        self._commit(self.metadata.decide_create(name, partition_count, configs, uuid.uuid4().bytes))
-        topic = self.metadata.topics[name]
-        self._open_partitions(topic)
+        records = self.metadata.decide_create(name, partition_count, configs, uuid.uuid4().bytes)
+        first = records[0]
+        assert isinstance(first, TopicRecord)
+        topic = Topic(name, first.topic_id, partition_count, dict(configs))
+        opened = self._make_partitions(topic, range(partition_count))
+        self._commit_with(records, opened)
         logger.info("topic_created topic=%s partitions=%d", name, partition_count)
-        return topic
+        return self.metadata.topics[name]
+
+    def _make_partitions(self, topic: Topic, indexes: range) -> list[Partition]:
+        """Their files, before the metadata speaks of them. Raises ProtocolError, and then there are none."""
+        opened: list[Partition] = []
+        config = topic_config(topic.configs, self.config.values)
+        try:
+            for index in indexes:
+                log = self.directory.open_partition(topic.name, index, topic.topic_id, config.log)
+                opened.append(Partition(topic.name, index, log, config, self.flusher))
+        except OSError as error:
+            self._discard(topic.name, indexes)
+            raise storage_error(error) from error
+        return opened
+
+    def _commit_with(self, records: list[MetadataRecord], opened: list[Partition]) -> None:
+        try:
+            self._commit(records)
+        except ProtocolError:
+            for partition in opened:
+                partition.log.forget_files()
+                self._discard(partition.topic, range(partition.index, partition.index + 1))
+            raise
+        for partition in opened:
+            self._register(partition)
+
+    def _discard(self, topic: str, indexes: range, delay_seconds: float = 0.0) -> None:
+        file_system = self.directory.file_system
+        for index in indexes:
+            if file_system.exists(self.directory.partition_path(topic, index)):
+                gone = self.directory.discard_partition(topic, index)
+                self._later(delay_seconds, lambda gone=gone: file_system.remove_directory(gone))  # type: ignore[misc]
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        """In a thread: unlinking gigabytes takes its time."""
+        self.loop.call_later(seconds, lambda: self.loop.run_in_executor(None, work))
+
+    def _register(self, partition: Partition) -> None:
+        self.partitions[partition.topic, partition.index] = partition
+        self._by_log[partition.log] = partition
 
     def grow_topic(self, name: str, partition_count: int) -> None:
         """Raises ProtocolError."""
-        self._commit(self.metadata.decide_grow(name, partition_count))
-        self._open_partitions(self.metadata.topics[name])
+        records = self.metadata.decide_grow(name, partition_count)
+        topic = self.metadata.topics[name]
+        self._commit_with(records, self._make_partitions(topic, range(topic.partition_count, partition_count)))
 
     def configure_topic(self, name: str, configs: Mapping[str, str]) -> None:
         """The topic's own configs shall be these. Raises ProtocolError."""
@@ -143,15 +192,24 @@ class Node:
             self.partitions[name, index].reconfigure(config)
 
     def delete_topic(self, topic: Topic) -> None:
+        """What was written so far is synced and acknowledged first. Raises ProtocolError."""
+        if topic.name == OFFSETS_TOPIC:
+            raise ProtocolError(ErrorCode.POLICY_VIOLATION, f"{OFFSETS_TOPIC} holds the offsets of all groups.")
+        partitions = [self.partitions[topic.name, index] for index in range(topic.partition_count)]
+        for partition in partitions:
+            self.flusher.flush_now(partition.log)
         self._commit(self.metadata.decide_delete(topic))
-        for index in range(topic.partition_count):
-            partition = self.partitions.pop((topic.name, index))
-            partition.close_delays()
+        delay = topic_config(topic.configs, self.config.values).log.file_delete_delay_ms / 1000
+        for partition in partitions:
+            del self.partitions[topic.name, partition.index]
             del self._by_log[partition.log]
+            partition.close_delays()
             partition.log.forget_files()
-            gone = self.directory.discard_partition(topic.name, index)
-            delay = partition.config.log.file_delete_delay_ms / 1000
-            self.loop.call_later(delay, self.directory.file_system.remove_directory, gone)
+        try:
+            self._discard(topic.name, range(topic.partition_count), delay)
+            self.write_checkpoints()
+        except OSError as error:
+            storage_error(error)  # the next start sets the folders aside: their topic is gone
         self.groups.topic_deleted(topic.name)
         logger.info("topic_deleted topic=%s", topic.name)
 
@@ -160,18 +218,18 @@ class Node:
         log = partition.log
         delay = partition.config.log.file_delete_delay_ms / 1000
         for segment in log.delete_before(offset):
-            self.loop.call_later(delay, log.remove_deleted, segment)
+            self._later(delay, lambda segment=segment: log.remove_deleted(segment))  # type: ignore[misc]
         for delayed in partition.delays:
             delayed.changed()
 
     def _open_partitions(self, topic: Topic) -> None:
+        """At the start. Raises OSError."""
         config = topic_config(topic.configs, self.config.values)
         for index in range(topic.partition_count):
-            if (topic.name, index) not in self.partitions:
-                log = self.directory.open_partition(topic.name, index, topic.topic_id, config.log)
-                partition = Partition(topic.name, index, log, config, self.flusher)
-                self.partitions[topic.name, index] = partition
-                self._by_log[log] = partition
+            log = self.directory.open_partition(topic.name, index, topic.topic_id, config.log)
+            if config.syncs_every_batch and log.is_dirty:
+                self.flusher.flush_now(log)  # what a crash left in the page cache counts when it is on the disk
+            self._register(Partition(topic.name, index, log, config, self.flusher))
 
     def _commit(self, records: list[MetadataRecord]) -> None:
         """Append to the metadata log, sync, apply."""
@@ -216,6 +274,13 @@ class Node:
 
     # The groups' log
 
+    def auto_create(self, name: str) -> None:
+        """A topic that a client has asked for. Raises ProtocolError."""
+        if name == OFFSETS_TOPIC:
+            self.ensure_offsets_topic()
+        elif name not in INTERNAL_TOPICS:
+            self.create_topic(name, self.config.number("num.partitions"), {})
+
     def ensure_offsets_topic(self) -> None:
         """Made when the first group is looked for. Raises ProtocolError."""
         if OFFSETS_TOPIC not in self.metadata.topics:
@@ -239,8 +304,8 @@ class Node:
 
 
 def storage_error(error: OSError) -> ProtocolError:
-    """A full disk is told to the client; after any other trouble with the disk nobody knows what is on it."""
-    if error.errno not in FULL_DISK:
+    """What may pass is told to the client; after any other trouble with the disk nobody knows what is on it."""
+    if error.errno not in FULL:
         die(error)
-    logger.error("disk_full error=%s", error)
+    logger.error("storage_refused error=%s", error)
     return ProtocolError(ErrorCode.KAFKA_STORAGE_ERROR, os.strerror(error.errno or 0))

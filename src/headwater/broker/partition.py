@@ -5,6 +5,7 @@ reader and whatever the producer's acks were: nobody reads what a power cut coul
 the log, as on a Kafka cluster of one.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -25,6 +26,8 @@ from headwater.broker.wire.record_batch import (
     stamp_append_time,
     validate,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class RefusedRecords(ProtocolError):
@@ -85,14 +88,20 @@ class Partition:
             earlier = self.log.producers.check(header)
             if earlier is not None:
                 return Appended(earlier.first_offset, earlier.last_offset + 1, -1)
+        if header.is_transactional:
+            raise ProtocolError(ErrorCode.TRANSACTIONAL_ID_AUTHORIZATION_FAILED)
         self._check_timestamps(header, now_ms)
         if config.compacts:
             self._check_keys(batch, header)
-        if header.size_bytes > config.log.segment_bytes:
-            raise ProtocolError(ErrorCode.RECORD_LIST_TOO_LARGE, "the batch is larger than segment.bytes")
         data: memoryview | bytearray = batch
         if config.compression is not None and config.compression != header.compression:
             data, header = _recompressed(batch, header, config.compression)
+            if header.size_bytes > config.max_message_bytes:
+                raise ProtocolError(
+                    ErrorCode.MESSAGE_TOO_LARGE, "the batch is too large with the topic's compression.type"
+                )
+        if header.size_bytes > config.log.segment_bytes:
+            raise ProtocolError(ErrorCode.RECORD_LIST_TOO_LARGE, "the batch is larger than segment.bytes")
         append_time_ms = -1
         if config.uses_append_time:
             header = stamp_append_time(memoryview(data), header, now_ms)
@@ -104,15 +113,16 @@ class Partition:
     ) -> Appended:
         """A batch that needs no more checks."""
         log = self.log
+        segments = len(log.segments)
         header = log.append(header, data, now_ms)
         config = self.config
         if config.flush_messages == 1:
             self._flusher.mark_dirty(log)
         else:
             self._unflushed_batches += header.record_count
-            if self._unflushed_batches >= config.flush_messages:
+            if self._unflushed_batches >= config.flush_messages or len(log.segments) > segments:
                 self._unflushed_batches = 0
-                self._flusher.mark_dirty(log)
+                self._flusher.mark_dirty(log, waiters=2)  # nobody waits: in the flusher's thread
             self._raise_high_watermark(log.end)
         return Appended(header.base_offset, log.log_end_offset, append_time_ms)
 
@@ -120,11 +130,10 @@ class Partition:
         """The batch's first and greatest timestamp; those between are not looked at."""
         config = self.config
         if config.uses_append_time:
+            if header.attributes & LOG_APPEND_TIME:
+                message = "Producer should not set timestamp type to LogAppendTime."
+                raise RefusedRecords(ErrorCode.INVALID_TIMESTAMP, ((0, message),))
             return
-        if header.attributes & LOG_APPEND_TIME:
-            raise ProtocolError(
-                ErrorCode.INVALID_TIMESTAMP, "the broker stamps append times, and only where the topic asks for it"
-            )
         low, high = now_ms - config.timestamp_before_max_ms, now_ms + config.timestamp_after_max_ms
         for index, timestamp in ((0, header.base_timestamp), (header.last_offset_delta, header.max_timestamp)):
             if timestamp >= 0 and not low <= timestamp <= high:
@@ -161,7 +170,11 @@ class Partition:
             self._raise_high_watermark(work.end)
         waiters = self._durable_waiters
         while waiters and waiters[0][0] <= work.end.offset:
-            waiters.popleft()[1]()
+            then = waiters.popleft()[1]
+            try:
+                then()
+            except Exception:  # one request that can't be answered must not keep the others waiting
+                logger.exception("answer_failed topic=%s partition=%d", self.topic, self.index)
 
     def _raise_high_watermark(self, end: LogPosition) -> None:
         if end.offset > self.high_watermark.offset:
@@ -189,7 +202,7 @@ class Partition:
 
     def check_epoch(self, current_leader_epoch: int) -> None:
         """What the client believes; -1 is not checked. Raises ProtocolError (KIP-320)."""
-        if current_leader_epoch < 0:
+        if current_leader_epoch == -1:
             return
         if current_leader_epoch < self.leader_epoch:
             raise ProtocolError(ErrorCode.FENCED_LEADER_EPOCH)

@@ -5,8 +5,11 @@ deadline comes it is made to answer with what there is. Upstream: DelayedOperati
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 class Watchable(Protocol):
@@ -16,7 +19,7 @@ class Watchable(Protocol):
 
 
 class Delay:
-    __slots__ = ("_complete", "_done", "_loop", "_scheduled", "_timer", "_try_complete", "_watched")
+    __slots__ = ("_complete", "_done", "_failed", "_loop", "_scheduled", "_timer", "_try_complete", "_watched")
 
     def __init__(
         self,
@@ -25,12 +28,14 @@ class Delay:
         max_wait_ms: int,
         try_complete: Callable[[], bool],
         complete: Callable[[], None],
+        failed: Callable[[], None],
     ) -> None:
-        """`try_complete` answers if it can and says so; `complete` answers in any case."""
+        """`try_complete` answers if it can and says so; `complete` answers in any case; `failed` gives up."""
         self._loop = loop
         self._watched = watched
         self._try_complete = try_complete
         self._complete = complete
+        self._failed = failed
         self._scheduled = False
         self._done = False
         for item in watched:
@@ -49,13 +54,26 @@ class Delay:
 
     def _try(self) -> None:
         self._scheduled = False
-        if not self._done and self._try_complete():
-            self._finish()
+        if not self._done:
+            try:
+                if self._try_complete():
+                    self._finish()
+            except Exception:
+                self._fail()
 
     def _expire(self) -> None:
         if not self._done:
             self._finish()
-            self._complete()
+            try:
+                self._complete()
+            except Exception:
+                self._fail()
+
+    def _fail(self) -> None:
+        """It can't be answered: its connection ends, nobody else's."""
+        logger.exception("delay_failed")
+        self._finish()
+        self._failed()
 
     def _finish(self) -> None:
         self._done = True

@@ -53,6 +53,7 @@ class Broker:
         """Raises DirectoryError, OSError."""
         self._options = options
         self._loop = loop
+        _raise_open_files_limit()
         config = options.config
         self.directory = LogDirectory(options.data, options.file_system, config.number("node.id"))
         self.node = Node(
@@ -121,6 +122,14 @@ class Broker:
         for connection in list(self.dispatcher.connections):
             connection.abort()
         self.node.close()
+
+
+def _raise_open_files_limit() -> None:
+    """To what this process may have: every partition has files, every client a socket."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def serve(options: BrokerOptions) -> None:

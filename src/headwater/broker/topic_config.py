@@ -8,6 +8,7 @@ Upstream: org.apache.kafka.storage.internals.log.LogConfig, org.apache.kafka.com
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import NamedTuple
@@ -30,6 +31,9 @@ class ConfigType(IntEnum):
     LONG = 5
     DOUBLE = 6
     LIST = 7
+
+
+INTEGER = re.compile(r"[+-]?[0-9]+")  # Java's, not Python's 1_000
 
 
 class InvalidConfig(ValueError):
@@ -86,6 +90,8 @@ class ConfigKey(NamedTuple):
             return [float(value)]
         if self.type is ConfigType.STRING:
             return [value]
+        if not INTEGER.fullmatch(value.strip()):
+            raise ValueError(value)
         number = int(value)
         limit = MAX_INT if self.type is ConfigType.INT else MAX_LONG
         if not -limit - 1 <= number <= limit:
@@ -159,6 +165,7 @@ TOPIC_KEYS: dict[str, ConfigKey] = {
 
 INTERNAL_SEGMENT_BYTES = "internal.segment.bytes"
 """Kafka's own way around the lower limit of `segment.bytes`, for tests; not shown."""
+INTERNAL_SEGMENT_KEY = ConfigKey(INTERNAL_SEGMENT_BYTES, INT, "0", 1)
 
 CODECS = {"uncompressed": NONE, "gzip": GZIP, "snappy": SNAPPY, "lz4": LZ4, "zstd": ZSTD}
 
@@ -177,7 +184,6 @@ class TopicConfig:
     uses_append_time: bool
     timestamp_before_max_ms: int
     timestamp_after_max_ms: int
-    min_insync_replicas: int
 
     @property
     def syncs_every_batch(self) -> bool:
@@ -187,13 +193,12 @@ class TopicConfig:
 def check_topic_configs(configs: Mapping[str, str]) -> None:
     """Raises InvalidConfig for an unknown name or a value that can't be used."""
     for name, value in configs.items():
-        if name == INTERNAL_SEGMENT_BYTES:
-            continue
-        if name not in TOPIC_KEYS:
+        key = INTERNAL_SEGMENT_KEY if name == INTERNAL_SEGMENT_BYTES else TOPIC_KEYS.get(name)
+        if key is None:
             raise InvalidConfig(f"Unknown topic config name: {name}")
         if len(value) > 32767:
             raise InvalidConfig(f"The value of {name} is longer than 32767 characters")
-        TOPIC_KEYS[name].check(value)
+        key.check(value)
     low = int(configs.get("min.compaction.lag.ms", "0"))
     high = int(configs.get("max.compaction.lag.ms", str(MAX_LONG)))
     if low > high:
@@ -236,5 +241,4 @@ def topic_config(overrides: Mapping[str, str], broker: Mapping[str, str]) -> Top
         uses_append_time=text("message.timestamp.type") == "LogAppendTime",
         timestamp_before_max_ms=number("message.timestamp.before.max.ms"),
         timestamp_after_max_ms=number("message.timestamp.after.max.ms"),
-        min_insync_replicas=number("min.insync.replicas"),
     )

@@ -60,6 +60,8 @@ class MemoryFileSystem:
 
     def open(self, path: Path) -> MemoryFile:
         if path not in self._files:
+            if path.parent not in self._directories:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
             self._files[path] = MemoryFile(self)
         return self._files[path]
 
@@ -92,6 +94,8 @@ class MemoryFileSystem:
         self._directories.discard(path)
 
     def sync_directory(self, path: Path) -> None:
+        if path not in self._directories:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         for name in [name for name in self._safe_names if name.parent == path and name not in self._files]:
             del self._safe_names[name]
         self._safe_names.update({name: file for name, file in self._files.items() if name.parent == path})
@@ -100,6 +104,11 @@ class MemoryFileSystem:
         if path not in self._files:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         return bytes(self._files[path].content)
+
+    def write_file(self, path: Path, content: bytes) -> None:
+        self.check("append")
+        file = self._files[path] = MemoryFile(self)
+        file.content += content
 
     def replace_file(self, path: Path, content: bytes) -> None:
         self.check("replace")

@@ -15,7 +15,8 @@ from typing import Annotated
 
 from headwater.broker.api.describe_configs import topic_entries
 from headwater.broker.api.request import Request
-from headwater.broker.metadata import MAX_PARTITIONS_PER_REQUEST, METADATA_TOPIC, Topic
+from headwater.broker.metadata import MAX_PARTITIONS_PER_REQUEST, Topic
+from headwater.broker.node import OFFSETS_CONFIGS, OFFSETS_TOPIC
 from headwater.broker.wire.errors import ErrorCode, ProtocolError
 from headwater.broker.wire.message import (
     NO_UUID,
@@ -106,14 +107,14 @@ def _partition_count(topic: CreatableTopic, default: int) -> int:
 
 def _create(topic: CreatableTopic, validate_only: bool, request: Request) -> CreatedTopic:
     node = request.node
-    if topic.name == METADATA_TOPIC:
-        raise ProtocolError(ErrorCode.INVALID_REQUEST, f"Creation of internal topic {METADATA_TOPIC} is prohibited.")
     null_values = [config.name for config in topic.configs if config.value is None]
     if null_values:
         raise ProtocolError(
             ErrorCode.INVALID_CONFIG, f"Null value not supported for topic configs: {','.join(null_values)}"
         )
     configs = {config.name: config.value for config in topic.configs if config.value is not None}
+    if topic.name == OFFSETS_TOPIC:
+        configs |= OFFSETS_CONFIGS  # it would forget its offsets after a week otherwise
     count = _partition_count(topic, node.config.number("num.partitions"))
     records = node.metadata.decide_create(topic.name, max(count, 0), configs, NO_UUID)
     if topic.assignments:

@@ -5,13 +5,15 @@ Behaviour
 - The groups' offsets for it are forgotten, as in Kafka.
 
 Versions: 4 is flexible; 5 adds an error message; 6 takes ids beside names (KIP-516).
-Deviations: none known.
+Deviations: `__consumer_offsets` can't be deleted: POLICY_VIOLATION.
 Upstream: ControllerApis#deleteTopics.
 """
 
+from collections import Counter
 from typing import Annotated
 
 from headwater.broker.api.request import Request
+from headwater.broker.metadata import Topic
 from headwater.broker.wire.errors import ErrorCode, ProtocolError
 from headwater.broker.wire.message import (
     NO_UUID,
@@ -54,31 +56,48 @@ class DeleteTopicsResponse(Message):
 
 def handle(message: DeleteTopicsRequest, request: Request) -> DeleteTopicsResponse:
     states = message.topics if request.version >= 6 else [DeleteTopicState(name) for name in message.topic_names]
-    seen: dict[tuple[str | None, bytes], int] = {}
-    for state in states:
-        seen[state.name, state.topic_id] = seen.get((state.name, state.topic_id), 0) + 1
-    responses = []
-    for (name, topic_id), count in seen.items():
+    found: list[tuple[DeleteTopicState, Topic | ProtocolError]] = []
+    for state in {(state.name, state.topic_id): state for state in states}.values():
         try:
-            responses.append(_delete(name, topic_id, count, request))
+            found.append((state, _resolve(state, states, request)))
         except ProtocolError as error:
-            responses.append(DeletedTopic(name, topic_id, error.code, error.message))
+            found.append((state, error))
+    counts = Counter(topic.topic_id for _, topic in found if isinstance(topic, Topic))
+    responses = []
+    for state, topic in found:
+        if isinstance(topic, Topic) and counts[topic.topic_id] > 1:
+            if state.name is None:
+                continue  # named by its id too: answered once, under its name
+            topic = ProtocolError(
+                ErrorCode.INVALID_REQUEST, "The provided topic name maps to an ID that was already supplied."
+            )
+        if isinstance(topic, Topic):
+            try:
+                request.node.delete_topic(topic)
+                responses.append(DeletedTopic(topic.name, topic.topic_id))
+                continue
+            except ProtocolError as error:
+                topic = error
+        responses.append(DeletedTopic(state.name, state.topic_id, topic.code, topic.message))
     return DeleteTopicsResponse(responses=responses)
 
 
-def _delete(name: str | None, topic_id: bytes, count: int, request: Request) -> DeletedTopic:
-    node = request.node
-    if not node.config.flag("delete.topic.enable"):
+def _resolve(state: DeleteTopicState, states: list[DeleteTopicState], request: Request) -> Topic:
+    name, topic_id = state.name, state.topic_id
+    if not request.node.config.flag("delete.topic.enable"):
         code = ErrorCode.TOPIC_DELETION_DISABLED if request.version >= 3 else ErrorCode.INVALID_REQUEST
         raise ProtocolError(code, "delete.topic.enable is false")
     if name is None and topic_id == NO_UUID:
         raise ProtocolError(ErrorCode.INVALID_REQUEST, "Neither topic name nor id were specified.")
     if name is not None and topic_id != NO_UUID:
         raise ProtocolError(ErrorCode.INVALID_REQUEST, "You may not specify both topic name and topic id.")
-    if count > 1:
+    if states.count(state) > 1:
         raise ProtocolError(
             ErrorCode.INVALID_REQUEST, "Duplicate topic name." if name is not None else "Duplicate topic id."
         )
-    topic = node.topic_of(topic_id if name is None else name)
-    node.delete_topic(topic)
-    return DeletedTopic(topic.name, topic.topic_id)
+    try:
+        return request.node.topic_of(topic_id if name is None else name)
+    except ProtocolError as error:
+        raise ProtocolError(
+            error.code, f"This server does not host this {'topic ID' if name is None else 'topic-partition'}."
+        ) from None

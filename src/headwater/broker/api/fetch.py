@@ -39,6 +39,9 @@ __all__ = ["FLEXIBLE", "serve"]
 
 STALLED_LIMIT = 64 * 1024 * 1024  # bytes that may wait for clients that don't read, about
 LEAST_ANSWER = 1024 * 1024
+# A partition that is not there (any more) is told when there is something to tell, or when the time is over: its reader
+# would come again at once, and again.
+WAITS = (ErrorCode.NONE, ErrorCode.UNKNOWN_TOPIC_OR_PARTITION, ErrorCode.UNKNOWN_TOPIC_ID)
 
 
 def serve(request: Request, frame: memoryview) -> None:
@@ -53,7 +56,12 @@ def serve(request: Request, frame: memoryview) -> None:
     attempt = Attempt(request, fetch, wanted, session)
     if not attempt.answer_if_ready():
         request.connection.delay = Delay(
-            node.loop, list(attempt.partitions), fetch.max_wait_ms, attempt.answer_if_ready, attempt.answer
+            node.loop,
+            list(attempt.partitions),
+            fetch.max_wait_ms,
+            attempt.answer_if_ready,
+            attempt.answer,
+            request.connection.abort,
         )
 
 
@@ -72,10 +80,12 @@ class Attempt:
         self.partitions: list[Partition] = []
 
     def answer_if_ready(self) -> bool:
-        size, failed = self._read()
-        if failed or size >= self._fetch.min_bytes or self._fetch.max_wait_ms <= 0 or not self._wanted:
+        size, at_once = self._read()
+        enough = min(self._fetch.min_bytes, self._fetch.max_bytes)
+        if at_once or size >= enough or self._fetch.max_wait_ms <= 0 or not self.partitions:
             self._respond()
             return True
+        self._answers = []  # read again when there is more: bytes that wait are not counted anywhere
         return False
 
     def answer(self) -> None:
@@ -84,25 +94,29 @@ class Attempt:
         self._respond()
 
     def _read(self) -> tuple[int, bool]:
-        """Bytes found, and whether a partition failed."""
+        """Bytes found, and whether more would not help: a partition failed, or is read in an older segment."""
         node = self._request.node
         stalled = self._request.outgoing.stalled_bytes
         left = min(self._fetch.max_bytes, node.config.number("fetch.max.bytes"))
         if stalled:
             left = min(left, max(STALLED_LIMIT - stalled, LEAST_ANSWER))
-        size, failed = 0, False
+        size, at_once = 0, False
         self._answers = []
         self.partitions = []
         for topic_key, partitions in self._wanted:
             answers = []
             for wanted in partitions:
                 answer = self._read_partition(topic_key, wanted, left, size == 0)
-                failed = failed or answer.error_code != ErrorCode.NONE
+                at_once = at_once or answer.error_code not in WAITS or self._is_behind(answer, wanted)
                 size += len(answer.records)
                 left = max(left - len(answer.records), 0)
                 answers.append(answer)
             self._answers.append(TopicAnswer(topic_key, answers))
-        return size, failed
+        return size, at_once
+
+    def _is_behind(self, answer: PartitionAnswer, wanted: PartitionFetch) -> bool:
+        log = self.partitions[-1].log
+        return bool(answer.records) and log.segment_of(wanted.fetch_offset) is not log.active
 
     def _read_partition(
         self, topic_key: str | bytes, wanted: PartitionFetch, left: int, at_least_one: bool

@@ -14,6 +14,7 @@ Deviations: none known.
 Upstream: kafka.server.ReplicaManager#fetchOffset, UnifiedLog#fetchOffsetByTimestamp.
 """
 
+from collections import Counter
 from typing import Annotated
 
 from headwater.broker.api.request import Request
@@ -72,23 +73,23 @@ class ListOffsetsResponse(Message):
 
 def handle(message: ListOffsetsRequest, request: Request) -> ListOffsetsResponse:
     return ListOffsetsResponse(
-        topics=[
-            ListOffsetsTopic(topic.name, [_partition(topic, wanted, request) for wanted in topic.partitions])
-            for topic in message.topics
-        ]
+        topics=[ListOffsetsTopic(topic.name, _partitions(topic, request)) for topic in message.topics]
     )
 
 
-def _partition(
-    topic: ListOffsetsRequestTopic, wanted: ListOffsetsRequestPartition, request: Request
-) -> ListOffsetsPartition:
+def _partitions(topic: ListOffsetsRequestTopic, request: Request) -> list[ListOffsetsPartition]:
+    counts = Counter(wanted.partition_index for wanted in topic.partitions)
+    return [_partition(topic.name, wanted, counts[wanted.partition_index], request) for wanted in topic.partitions]
+
+
+def _partition(topic: str, wanted: ListOffsetsRequestPartition, count: int, request: Request) -> ListOffsetsPartition:
     index = wanted.partition_index
     try:
-        if sum(other.partition_index == index for other in topic.partitions) > 1:
+        if count > 1:
             raise ProtocolError(ErrorCode.INVALID_REQUEST)
         if wanted.timestamp < 0 and request.version < FIRST_VERSION.get(wanted.timestamp, request.version + 1):
             raise ProtocolError(ErrorCode.UNSUPPORTED_VERSION)
-        partition = request.node.partition(topic.name, index)
+        partition = request.node.partition(topic, index)
         partition.check_epoch(wanted.current_leader_epoch)
         timestamp, offset = _look_up(partition, wanted.timestamp)
     except ProtocolError as error:

@@ -105,7 +105,8 @@ def _topics(message: MetadataRequest, request: Request) -> list[MetadataTopic]:
     if any(topic.topic_id != NO_UUID for topic in wanted):
         if request.version < 12:
             return [MetadataTopic(ErrorCode.INVALID_REQUEST, topic.name or "", topic.topic_id) for topic in wanted]
-        return [_by_id(topic_id, node) for topic_id in dict.fromkeys(topic.topic_id for topic in wanted)]
+        ids = dict.fromkeys(topic.topic_id for topic in wanted if topic.topic_id != NO_UUID)
+        return [_by_id(topic_id, node) for topic_id in ids]
     names = dict.fromkeys(topic.name or "" for topic in wanted)
     return [_by_name(name, message.allow_auto_topic_creation, node) for name in names]
 
@@ -122,7 +123,7 @@ def _by_name(name: str, create: bool, node: Node) -> MetadataTopic:
         if name not in node.metadata.topics:
             check_name(name)
             if create and node.config.flag("auto.create.topics.enable"):
-                node.create_topic(name, node.config.number("num.partitions"), {})
+                node.auto_create(name)
         return _known(node.metadata.topic(name), node)
     except ProtocolError as error:
         return MetadataTopic(error.code, name, is_internal=name in INTERNAL_TOPICS)

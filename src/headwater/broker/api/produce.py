@@ -89,16 +89,12 @@ def _append(
             raise ProtocolError(ErrorCode.INVALID_REQUIRED_ACKS)
         if topic.name == OFFSETS_TOPIC:
             raise ProtocolError(ErrorCode.INVALID_TOPIC_EXCEPTION)
-        if produce.acks == ALL and partition.config.min_insync_replicas > 1:
-            raise ProtocolError(ErrorCode.NOT_ENOUGH_REPLICAS)
-        if produce.transactional_id is not None:
-            raise ProtocolError(ErrorCode.TRANSACTIONAL_ID_AUTHORIZATION_FAILED)
         log_start_offset = partition.log.log_start_offset
         appended = partition.append(batch, now_ms)
     except RefusedRecords as refusal:
         return PartitionAnswer(index, refusal.code, -1, -1, log_start_offset, refusal.message, refusal.errors)
     except ProtocolError as error:
-        return PartitionAnswer(index, error.code, error_message=error.message)
+        return PartitionAnswer(index, error.code, log_start_offset=log_start_offset, error_message=error.message)
     except OSError as error:
         return PartitionAnswer(index, storage_error(error).code)
     if produce.acks == ALL and not partition.is_durable(appended.end_offset):

@@ -396,6 +396,13 @@ class ClassicGroup:
         if self.leader == member.member_id:
             self.leader = next(iter(self.members), None)
 
+    def rebalance(self, decision: Decision, now: float, now_ms: int) -> None:
+        """The members shall come together again."""
+        for member in self.members.values():
+            member.assignment = b""
+        if self.state in (STABLE, COMPLETING):
+            self._prepare_rebalance(decision, now, now_ms)
+
     # Syncing
 
     def sync(self, request: Sync, now: float, now_ms: int) -> Decision:

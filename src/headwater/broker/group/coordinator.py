@@ -11,7 +11,7 @@ Upstream: GroupCoordinatorService, GroupCoordinatorShard, OffsetMetadataManager.
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from headwater.broker.broker_config import BrokerConfig
@@ -25,11 +25,14 @@ from headwater.broker.group.records import (
     offset_record,
 )
 from headwater.broker.wire.errors import ErrorCode, MalformedMessage, ProtocolError
+from headwater.broker.wire.message import NO_UUID
 from headwater.broker.wire.record import NewRecord, Record
 from headwater.clock import Clock
 
 logger = logging.getLogger(__name__)
 
+MAX_ID_PREFIX = 1000  # of a client id that becomes part of a member id
+IO_TURN_SECONDS = 0.01
 STALL_SECONDS = 0.5  # the timer rang this much too late: nobody's heartbeat could be heard
 
 
@@ -80,10 +83,13 @@ class GroupCoordinator:
                 self._apply_offset(kept, now_ms)
         self._watch()
 
-    def clamp_offsets(self, log_end: Callable[[str, int], int | None]) -> None:
-        """A crash may have cut a log below what a group has committed: it goes on at the end, and is told so here."""
+    def check_offsets(self, log_end: Callable[[str, int], int | None], topic_ids: Mapping[str, bytes]) -> None:
+        """What a crash or a deletion made untrue: offsets of a topic that is gone or another one, or beyond a log's end."""
         for group in self.groups.values():
             for (topic, partition), committed in list(group.offsets.items()):
+                if committed.topic_id not in (NO_UUID, topic_ids.get(topic)):
+                    del group.offsets[topic, partition]
+                    continue
                 end = log_end(topic, partition)
                 if end is not None and committed.offset > end:
                     logger.error(
@@ -111,7 +117,7 @@ class GroupCoordinator:
     # Membership
 
     def new_member_id(self, prefix: str) -> str:
-        return f"{prefix}-{uuid.uuid4()}"
+        return f"{prefix[:MAX_ID_PREFIX]}-{uuid.uuid4()}"
 
     def join(self, group_id: str, request: Join) -> None:
         now_ms = self._clock.now_ms()
@@ -164,7 +170,7 @@ class GroupCoordinator:
             return
         decision = Decision()
         codes = group.leave(leaving, decision, self._clock.monotonic(), self._clock.now_ms())
-        self._carry_out(group, decision, lambda: done(codes))
+        self._carry_out(group, decision, lambda: done(codes), lambda code: done([code] * len(leaving)))
 
     def _existing(self, group_id: str) -> ClassicGroup:
         group = self.groups.get(group_id)
@@ -177,6 +183,7 @@ class GroupCoordinator:
         group: ClassicGroup,
         decision: Decision,
         then: Callable[[], None] | None = None,
+        failed: Callable[[int], None] | None = None,
     ) -> None:
         """Keep what is to be kept, and give the answers when it is durable."""
 
@@ -195,8 +202,14 @@ class GroupCoordinator:
         except ProtocolError as error:
             for ticket, what in decision.answers:
                 ticket(what._replace(error_code=error.code))
-            if then is not None:
-                then()
+            if failed is not None:
+                failed(error.code)
+            # What could not be kept did not happen: the members come together again.
+            again = Decision()
+            group.rebalance(again, self._clock.monotonic(), self._clock.now_ms())
+            for ticket, what in again.answers:
+                ticket(what)
+            self._watch(group)
             return
         log.wait_durable(end, give)
 
@@ -223,6 +236,7 @@ class GroupCoordinator:
         limit = self._config.number("offset.metadata.max.bytes")
         codes: dict[OffsetKey, int] = {}
         records = []
+        accepted: dict[OffsetKey, CommittedOffset] = {}
         for topic, partition, committed in commits:
             if len(committed.metadata) > limit:
                 codes[topic, partition] = ErrorCode.OFFSET_METADATA_TOO_LARGE
@@ -230,8 +244,9 @@ class GroupCoordinator:
             codes[topic, partition] = ErrorCode.NONE
             committed = committed._replace(commit_timestamp=now_ms)
             records.append(offset_record(OffsetRecord(group_id, topic, partition, committed.value()), now_ms))
-            group.offsets[topic, partition] = committed
+            accepted[topic, partition] = committed
         log, end = self._append(records)
+        group.offsets.update(accepted)
         log.wait_durable(end, lambda: done(codes))
 
     def wait_durable(self, then: Callable[[], None]) -> None:
@@ -308,7 +323,10 @@ class GroupCoordinator:
             gone = expired(group.offsets, base_of, retention_ms, now_ms) if base_of is not None else []
             empty = group.state is EMPTY and len(gone) == len(group.offsets)
             if gone or empty:
-                self._forget(group, gone, lambda: None, with_group=empty)
+                try:
+                    self._forget(group, gone, lambda: None, with_group=empty)
+                except ProtocolError as error:
+                    logger.warning("offsets_kept group=%s reason=%s", group.group_id, error.code.name)
 
     # Time
 
@@ -324,17 +342,24 @@ class GroupCoordinator:
         self._timer = self._loop.call_later(max(earliest - self._clock.monotonic(), 0), self._ring)
 
     def _ring(self) -> None:
-        self._timer = None
-        now, now_ms = self._clock.monotonic(), self._clock.now_ms()
-        late = now - self._timer_at
+        """Not before the sockets were read once more: after a standstill the members' heartbeats lie there."""
+        late = self._clock.monotonic() - self._timer_at
         if late > STALL_SECONDS:
             logger.warning("broker_stood_still seconds=%.3f effect=sessions_extended", late)
             for group in self.groups.values():
                 group.extend_sessions(late)
+        self._timer = self._loop.call_later(IO_TURN_SECONDS, self._expire_due)
+
+    def _expire_due(self) -> None:
+        self._timer = None
+        now, now_ms = self._clock.monotonic(), self._clock.now_ms()
         for group in list(self.groups.values()):
             deadline = group.next_deadline()
             if deadline is not None and deadline <= now:
-                self._carry_out(group, group.expire(now, now_ms))
+                try:
+                    self._carry_out(group, group.expire(now, now_ms))
+                except Exception:
+                    logger.exception("group_expiry_failed group=%s", group.group_id)
         self._watch()
 
     def close(self) -> None:

@@ -56,10 +56,6 @@ class LeaderEpochs:
             self.entries.pop()
         self.entries.append(EpochStart(epoch, start_offset))
 
-    def truncate_from(self, offset: int) -> None:
-        while self.entries and self.entries[-1].start_offset >= offset > 0:
-            self.entries.pop()
-
     def truncate_before(self, offset: int) -> None:
         """The log starts at `offset` now: the epoch there begins there."""
         i = bisect_right([entry.start_offset for entry in self.entries], offset) - 1
@@ -126,6 +122,18 @@ def decode_uuid(text: str) -> bytes:
 
 def encode_partition_metadata(topic_id: bytes) -> bytes:
     return f"version: 0\ntopic_id: {encode_uuid(topic_id)}".encode()
+
+
+def decode_topic_id(data: bytes) -> bytes | None:
+    """The topic id of a `partition.metadata` file; None for one that a crash left empty or cut off."""
+    for line in data.decode("utf-8", "replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == "topic_id":
+            try:
+                return decode_uuid(value.strip())
+            except ValueError:
+                return None
+    return None
 
 
 def encode_properties(properties: Mapping[str, str]) -> bytes:

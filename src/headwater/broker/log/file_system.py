@@ -58,6 +58,9 @@ class FileSystem(Protocol):
 
     def read_file(self, path: Path) -> bytes: ...
 
+    def write_file(self, path: Path, content: bytes) -> None:
+        """A file that a crash may take: it is written again, or done without."""
+
     def replace_file(self, path: Path, content: bytes) -> None:
         """The whole new content or the whole old one, also across a crash: written beside, synced, renamed."""
 
@@ -142,6 +145,9 @@ class DiskFileSystem:
 
     def read_file(self, path: Path) -> bytes:
         return path.read_bytes()
+
+    def write_file(self, path: Path, content: bytes) -> None:
+        path.write_bytes(content)
 
     def replace_file(self, path: Path, content: bytes) -> None:
         beside = path.with_name(path.name + ".tmp")

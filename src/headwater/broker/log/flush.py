@@ -104,6 +104,8 @@ class GroupCommitFlusher:
             self._loop.call_soon(self._begin_round)
 
     def flush_now(self, log: PartitionLog) -> None:
+        if any(log is other for other, _ in self._in_flight):
+            self._join_round()  # what is under way must be on the disk before what comes behind it counts
         self._dirty.pop(log, None)
         work = log.begin_flush()
         self._sync_all([(log, work)])

@@ -21,6 +21,7 @@ from headwater.broker.log.checkpoint import (
     TopicPartition,
     decode_offsets,
     decode_properties,
+    decode_topic_id,
     encode_offsets,
     encode_partition_metadata,
     encode_properties,
@@ -41,6 +42,7 @@ HIGH_WATERMARKS = "replication-offset-checkpoint"
 LOG_STARTS = "log-start-offset-checkpoint"
 PARTITION_METADATA = "partition.metadata"
 DELETE_SUFFIX = "-delete"
+STRAY_SUFFIX = "-stray"
 
 
 class DirectoryError(Exception):
@@ -121,6 +123,30 @@ class LogDirectory:
             if name.endswith(DELETE_SUFFIX):
                 self.file_system.remove_directory(self.path / name)
 
+    def set_aside_strays(self, topic_ids: Mapping[str, bytes]) -> None:
+        """Partitions of topics that are not there, or that are others of the same name, are renamed and kept.
+
+        A crash between the decision to delete a topic and the removal of its folders leaves such; so may a directory
+        that was put together by hand. `topic_ids` are those that the metadata knows. Upstream: LogManager's `-stray`.
+        """
+        for name in self.file_system.list_directory(self.path):
+            topic, separator, partition = name.rpartition("-")
+            metadata = self.path / name / PARTITION_METADATA
+            if not separator or not partition.isdigit() or not self.file_system.exists(metadata):
+                continue
+            topic_id = decode_topic_id(self.file_system.read_file(metadata))
+            if topic_id is None or topic_ids.get(topic) == topic_id:
+                continue
+            stray = f"{topic[:180]}-{partition}.{uuid.uuid4().hex}{STRAY_SUFFIX}"
+            logger.warning("partition_set_aside folder=%s renamed=%s reason=its topic id is not known", name, stray)
+            self.file_system.rename(self.path / name, self.path / stray)
+            self._recovery_points.pop((topic, int(partition)), None)
+            self._log_starts.pop((topic, int(partition)), None)
+        for checkpoint in (self._recovery_points, self._log_starts):
+            for key in [key for key in checkpoint if key[0] not in topic_ids]:
+                del checkpoint[key]
+        self.file_system.sync_directory(self.path)
+
     def partition_path(self, topic: str, partition: int) -> Path:
         return self.path / f"{topic}-{partition}"
 
@@ -141,7 +167,7 @@ class LogDirectory:
             log.begin_epoch(log.epochs.latest + 1)
         metadata = path / PARTITION_METADATA
         if not self.file_system.exists(metadata):
-            self.file_system.replace_file(metadata, encode_partition_metadata(topic_id))
+            self.file_system.write_file(metadata, encode_partition_metadata(topic_id))
         return log
 
     def discard_partition(self, topic: str, partition: int) -> Path:
@@ -149,6 +175,7 @@ class LogDirectory:
         old = self.partition_path(topic, partition)
         new = self.path / f"{topic[:180]}-{partition}.{uuid.uuid4().hex}{DELETE_SUFFIX}"
         self.file_system.rename(old, new)
+        self.file_system.sync_directory(self.path)
         self._recovery_points.pop((topic, partition), None)
         self._log_starts.pop((topic, partition), None)
         return new

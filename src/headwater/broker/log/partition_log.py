@@ -153,16 +153,15 @@ class PartitionLog:
         self.write_snapshot()
         segment = Segment(self.directory, self.log_end_offset, self._files)
         _ = segment.file
-        active.drop_indexes()
+        active.close()
         self.segments.append(segment)
         self._bases.append(segment.base_offset)
         self._unsynced_names = True
 
     def write_snapshot(self) -> None:
-        """Left out while no idempotent producer writes: there is nothing to remember."""
+        """An empty one says that there is nothing to remember, and spares the next start the reading."""
         path = self.directory / file_name(self.log_end_offset, SNAPSHOT)
-        if self.producers.producers:
-            self.file_system.replace_file(path, self.producers.encode_snapshot())
+        self.file_system.replace_file(path, self.producers.encode_snapshot())
 
     # Syncing
 
@@ -178,6 +177,11 @@ class PartitionLog:
         self._unsynced_names = False
         return FlushWork(files, directories, self.end)
 
+    def recovered(self, recovery_point: int, unsynced: list[Segment]) -> None:
+        """After a crash: what was read back is in the page cache, and on the disk only when it has been synced again."""
+        self.recovery_point = recovery_point
+        self._unsynced = {segment.base_offset: segment.file for segment in unsynced if segment.size_bytes}
+
     def flushed(self, work: FlushWork) -> None:
         self.recovery_point = max(self.recovery_point, work.end.offset)
 
@@ -189,8 +193,8 @@ class PartitionLog:
     def read(self, offset: int, max_bytes: int, limit: LogPosition, at_least_one: bool) -> bytes:
         """Batches from the one that holds `offset` on, of one segment, none at or behind `limit`.
 
-        At most `max_bytes`: the last batch may be cut off, as Kafka does. With `at_least_one` the first batch comes
-        whole, however large.
+        At most `max_bytes`: the last batch may be cut off, as Kafka does, the first one never. With `at_least_one` the
+        first batch comes however large it is; without, nothing comes when it doesn't fit.
         """
         if offset >= limit.offset:
             return b""
@@ -205,12 +209,10 @@ class PartitionLog:
                 return b""
             i += 1  # the offset lies behind the segment's last batch: the next one has it
         data = segment.file.read(position, min(max_bytes, end - position)) if max_bytes > 0 else b""
-        if at_least_one:
-            if len(data) < PREFIX_SIZE:
-                data = segment.file.read(position, PREFIX_SIZE)
-            size = PREFIX.unpack_from(data)[1] + PREFIX_SIZE
-            if len(data) < size:
-                data = segment.file.read(position, size)
+        head = data if len(data) >= PREFIX_SIZE else segment.file.read(position, PREFIX_SIZE)
+        size = PREFIX.unpack_from(head)[1] + PREFIX_SIZE
+        if len(data) < size:
+            return segment.file.read(position, size) if at_least_one else b""
         return data
 
     def batches(self, offset: int, chunk_bytes: int = SCAN_BYTES) -> Iterator[tuple[Segment, BatchPosition]]:
@@ -276,6 +278,7 @@ class PartitionLog:
     def _rename_deleted(self, segment: Segment) -> None:
         path = self.directory / file_name(segment.base_offset, LOG)
         self._files.forget(path)
+        self._unsynced.pop(segment.base_offset, None)
         for suffix in (LOG, INDEX, TIME_INDEX):
             name = self.directory / file_name(segment.base_offset, suffix)
             if self.file_system.exists(name):
@@ -291,7 +294,10 @@ class PartitionLog:
 
     def begin_epoch(self, epoch: int) -> None:
         self.epochs.begin(epoch, self.log_end_offset)
-        self.write_epochs()
+        if epoch == 0:  # a crash that takes it takes nothing: a log without epochs begins with 0
+            self.file_system.write_file(self.directory / EPOCHS_FILE, self.epochs.encode())
+        else:
+            self.write_epochs()
 
     def write_epochs(self) -> None:
         self.file_system.replace_file(self.directory / EPOCHS_FILE, self.epochs.encode())

@@ -66,9 +66,12 @@ def open_partition_log(
         for suffix in (INDEX, TIME_INDEX)
         if segment.size_bytes
     ):
+        for segment in segments[:-1]:
+            segment.close()
         end = _end_after_clean_stop(segments[-1])
+        unsynced: list[Segment] = []
     else:
-        segments, end = _recover(directory, segments, files, config, recovery_point)
+        segments, end, unsynced = _recover(directory, segments, files, config, recovery_point)
     log_start = max(log_start_offset, segments[0].base_offset)
     end = max(end, segments[-1].base_offset)
     log = PartitionLog(
@@ -81,7 +84,7 @@ def open_partition_log(
         min(log_start, end),
         end,
     )
-    log.epochs.truncate_from(end)
+    log.recovered(min(recovery_point, end) if unsynced else end, unsynced)
     log.producers = _producers(log, names)
     return log
 
@@ -101,22 +104,23 @@ def _end_after_clean_stop(active: Segment) -> int:
 
 def _recover(
     directory: Path, segments: list[Segment], files: OpenFiles, config: LogConfig, recovery_point: int
-) -> tuple[list[Segment], int]:
-    """The segments that are whole, and the log end offset."""
+) -> tuple[list[Segment], int, list[Segment]]:
+    """The segments that are whole, the log end offset, and the segments that may not be on the disk yet."""
     kept: list[Segment] = []
+    unsynced: list[Segment] = []
     end = segments[0].base_offset
     for i, segment in enumerate(segments):
         following = segments[i + 1].base_offset if i + 1 < len(segments) else None
         if following is not None and following <= recovery_point:
+            segment.close()
             kept.append(segment)
             end = following
             continue
-        if segment.base_offset < end:
-            logger.warning(
-                "segment_removed directory=%s base_offset=%d reason=overlap", directory.name, segment.base_offset
-            )
-            _remove(directory, segment, files)
-            continue
+        if kept and segment.base_offset != end:  # the end of the segment before is missing: nothing may follow a hole
+            for later in segments[i:]:
+                logger.warning("segment_removed directory=%s base_offset=%d", directory.name, later.base_offset)
+                _remove(directory, later, files)
+            break
         size = segment.size_bytes
         end = segment.base_offset
         position = 0
@@ -125,6 +129,7 @@ def _recover(
             end = header.last_offset + 1
             position = at + header.size_bytes
         kept.append(segment)
+        unsynced.append(segment)
         if position < size:
             logger.warning(
                 "tail_cut directory=%s segment=%d position=%d bytes_cut=%d log_end_offset=%d",
@@ -139,7 +144,8 @@ def _recover(
             break
         if following is not None:
             segment.write_indexes()
-    return kept, end
+            segment.close()
+    return kept, end, unsynced
 
 
 def _whole_batches(segment: Segment, recovery_point: int) -> Iterator[BatchPosition]:
@@ -201,6 +207,10 @@ def _producers(log: PartitionLog, names: list[str]) -> ProducerState:
             break
         except CorruptSnapshot as error:
             logger.warning("producer_snapshot_left_out file=%s reason=%s", name, error)
+            file_system.remove(log.directory / name)
+    for name in names:  # those of rolled segments are kept, for when the log is cut there
+        offset = int(name.removesuffix(SNAPSHOT)) if name.endswith(SNAPSHOT) else start
+        if offset < start and all(segment.base_offset != offset for segment in log.segments):
             file_system.remove(log.directory / name)
     if start < log.log_end_offset:
         for _, (_, header) in log.batches(max(start, log.log_start_offset), RECOVERY_SCAN_BYTES):

@@ -9,6 +9,7 @@ after a crash nobody would believe them. Files are opened when they are needed a
 so a broker with many segments stays below its limit of open files.
 """
 
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from headwater.broker.wire.record_batch import (
 LOG, INDEX, TIME_INDEX, SNAPSHOT, DELETED = ".log", ".index", ".timeindex", ".snapshot", ".deleted"
 SCAN_BYTES = 8 * 1024  # read at a time when looking for a batch: a little more than index.interval.bytes
 RECOVERY_SCAN_BYTES = 1024 * 1024
+MAX_OPEN_FILES = 8000  # and never more than half of what the process may open: clients need sockets
+MAX_INDEXES = 32  # of closed segments, in memory: 5 MB each for a full gigabyte
 
 
 def file_name(offset: int, suffix: str) -> str:
@@ -37,10 +40,11 @@ def file_name(offset: int, suffix: str) -> str:
 class OpenFiles:
     """The log files that are open, least recently used first. What is dirty is referred to by its log as well."""
 
-    def __init__(self, file_system: FileSystem, limit: int = 4000) -> None:
+    def __init__(self, file_system: FileSystem) -> None:
         self.file_system = file_system
-        self._limit = limit
+        self._limit = min(MAX_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._files: OrderedDict[Path, File] = OrderedDict()
+        self._indexed: OrderedDict[Segment, None] = OrderedDict()
 
     def get(self, path: Path) -> File:
         file = self._files.get(path)
@@ -54,6 +58,13 @@ class OpenFiles:
 
     def forget(self, path: Path) -> None:
         self._files.pop(path, None)
+
+    def used_index(self, segment: "Segment") -> None:
+        """A closed segment has read its indexes: at most MAX_INDEXES have them in memory."""
+        self._indexed[segment] = None
+        self._indexed.move_to_end(segment)
+        if len(self._indexed) > MAX_INDEXES:
+            self._indexed.popitem(last=False)[0].forget_indexes()
 
 
 class BatchPosition(NamedTuple):
@@ -75,6 +86,8 @@ class Segment:
         self._bytes_since_index_entry = 0
         self._max_timestamp = -1
         self._offset_of_max_timestamp = base_offset
+        self._knows_max_timestamp = size_bytes == 0
+        self._is_closed = False
         self._last_append = (-1, 0)  # base offset and position of the last batch: what a waiting consumer asks for
 
     @property
@@ -85,27 +98,42 @@ class Segment:
     def offset_index(self) -> OffsetIndex:
         if self._offset_index is None:
             self._offset_index = OffsetIndex(self._read_index(INDEX))
+            self._used_index()
         return self._offset_index
 
     @property
     def time_index(self) -> TimeIndex:
         if self._time_index is None:
-            self._time_index = TimeIndex(self._read_index(TIME_INDEX))
-            if self._time_index.timestamps:
-                self._max_timestamp = self._time_index.timestamps[-1]
-                self._offset_of_max_timestamp = self.base_offset + self._time_index.offsets[-1]
+            index = self._time_index = TimeIndex(self._read_index(TIME_INDEX))
+            if index.timestamps and not self._knows_max_timestamp:
+                self._max_timestamp = index.timestamps[-1]
+                self._offset_of_max_timestamp = self.base_offset + index.offsets[-1]
+            self._knows_max_timestamp = True
+            self._used_index()
+            return index
         return self._time_index
+
+    def _used_index(self) -> None:
+        if self._is_closed:
+            self._files.used_index(self)
+
+    def forget_indexes(self) -> None:
+        """They are read from their files again when they are needed."""
+        if self._is_closed:
+            self._offset_index = self._time_index = None
 
     @property
     def max_timestamp(self) -> int:
         """The greatest timestamp of its batches, -1 when it has none."""
-        _ = self.time_index
+        if not self._knows_max_timestamp:
+            _ = self.time_index
         return self._max_timestamp
 
     @property
     def offset_of_max_timestamp(self) -> int:
         """The last offset of the batch with the greatest timestamp."""
-        _ = self.time_index
+        if not self._knows_max_timestamp:
+            _ = self.time_index
         return self._offset_of_max_timestamp
 
     def _read_index(self, suffix: str) -> bytes:
@@ -142,6 +170,7 @@ class Segment:
         self._offset_index, self._time_index = OffsetIndex(), TimeIndex()
         self._bytes_since_index_entry = 0
         self._max_timestamp, self._offset_of_max_timestamp = -1, self.base_offset
+        self._knows_max_timestamp = True
         for batch in batches:
             if self.first_timestamp is None:
                 self.first_timestamp = batch.header.max_timestamp
@@ -167,10 +196,10 @@ class Segment:
         file_system.replace_file(self._directory / file_name(self.base_offset, INDEX), self.offset_index.encode())
         file_system.replace_file(self._directory / file_name(self.base_offset, TIME_INDEX), self.time_index.encode())
 
-    def drop_indexes(self) -> None:
-        """Read them from their files again when they are needed; only for a segment that was closed."""
-        _ = self.time_index
-        self._offset_index = self._time_index = None
+    def close(self) -> None:
+        """Nothing is appended any more; its indexes are in their files."""
+        self._is_closed = True
+        self.forget_indexes()
 
     def scan(self, position: int, chunk_bytes: int = SCAN_BYTES) -> Iterator[BatchPosition]:
         """The headers from the batch at `position` on, until the file ends or a batch is cut off. Nothing is checked."""

@@ -138,8 +138,8 @@ def _count(frame: memoryview, position: int, flexible: bool) -> tuple[int, int]:
     else:
         (count,) = INT32.unpack_from(frame, position)
         position += 4
-    if count > len(frame) - position:
-        raise MalformedMessage("a list is longer than the request")
+    if not 0 <= count <= len(frame) - position:
+        raise MalformedMessage("a list is null or longer than the request")
     return count, position
 
 

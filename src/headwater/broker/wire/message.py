@@ -85,6 +85,7 @@ Bytes = Annotated[bytes, Kind("bytes")]
 NullableBytes = Annotated[bytes | None, Kind("nullable_bytes")]
 
 NO_UUID = bytes(16)
+MAX_STRING = 0x7FFF
 
 # `Any` is confined to this file: a codec is put together from a declaration, and its value's type is the declaration's.
 Decode: TypeAlias = Callable[[Buffer, int], tuple[Any, int]]
@@ -281,6 +282,8 @@ def _sized(text: bool, nullable: bool, flexible: bool) -> Codec:
             if nullable and size == -1:
                 return None, position
             raise MalformedMessage("a field that may not be null is null, or its length is negative")
+        if text and size > MAX_STRING:
+            raise MalformedMessage(f"a string has {size} bytes: {MAX_STRING} are the most that every version can write")
         end = position + size
         if end > len(buffer):
             raise MalformedMessage("a string or byte field is longer than the message")

@@ -73,6 +73,8 @@ def _decode_classic(frame: memoryview, position: int) -> ProduceRequest:
     acks, timeout_ms = ACKS_TIMEOUT.unpack_from(frame, position)
     (topic_count,) = INT32.unpack_from(frame, position + 6)
     position += 10
+    if topic_count < 0:
+        raise MalformedMessage("the list of topics is null")
     topics = []
     for _ in range(topic_count):
         name, position = _string(frame, position)
@@ -99,6 +101,8 @@ def _decode_flexible(frame: memoryview, version: int, position: int) -> ProduceR
     transactional_id, position = _compact_string(frame, position)
     acks, timeout_ms = ACKS_TIMEOUT.unpack_from(frame, position)
     topic_count, position = read_unsigned(frame, position + 6)
+    if topic_count == 0:
+        raise MalformedMessage("the list of topics is null")
     topics = []
     for _ in range(topic_count - 1):
         name: str | bytes | None

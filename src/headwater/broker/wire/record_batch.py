@@ -107,6 +107,8 @@ def validate(buffer: memoryview, max_batch_bytes: int) -> BatchHeader:
     if size < HEADER_SIZE:
         raise ProtocolError(ErrorCode.INVALID_RECORD, f"a record batch has {HEADER_SIZE} bytes at least, not {size}")
     header = BatchHeader._make(HEADER.unpack_from(buffer))
+    if not 0 <= header.magic <= 2:
+        raise ProtocolError(ErrorCode.CORRUPT_MESSAGE, f"record batches have magic 2, not {header.magic}")
     if header.magic != 2:
         raise ProtocolError(
             ErrorCode.INVALID_RECORD, f"record batches have magic 2 since Kafka 0.11, not {header.magic}"
