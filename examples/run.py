@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("engine", choices=["embedded", "kafka", "kafka3"])
     parser.add_argument("--speed-up", default="21600", help="seconds of 1997 per second")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     run = Run(options.example, options.engine)
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -103,7 +104,6 @@ def main() -> None:
         children.append(subprocess.Popen(feed, start_new_session=True))
         table = [sys.executable, "-m", f"{package}.table", "--data", str(run.data), "--bootstrap-servers", run.servers]
         children.append(subprocess.Popen(table, start_new_session=True))
-        signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         run.supervisor.wait()
     except KeyboardInterrupt:
         pass

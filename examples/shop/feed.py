@@ -16,7 +16,7 @@ import httpx
 from examples.shop.domain import Purchase, purchases
 
 AT_ONCE = 16
-TRIES = 60
+TRIES = 1200  # ten minutes: the order service may be stopped for a while
 PAUSE_SECONDS = 0.5
 DAY_SECONDS = 86_400
 

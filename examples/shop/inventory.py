@@ -2,7 +2,7 @@
 
 import os
 
-from sqlalchemy import Column, Integer, MetaData, String, Table, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, update
 
 from examples.shop.domain import OrderCreated, orders
 from examples.shop.effects import add_to, insert_once
@@ -37,17 +37,17 @@ async def create_tables() -> None:
 async def reserve_stock(event: OrderCreated, uow: UnitOfWork) -> None:
     session = uow.async_session
     line = event.lines[0]
-    taken = await session.scalar(select(stock.c.reserved).where(stock.c.sku == line.sku)) or 0
-    available = taken + line.quantity <= STOCK_PER_SKU
-    is_new = await insert_once(
-        session,
-        effects,
-        order_id=event.order_id,
-        sku=line.sku,
-        quantity=line.quantity,
-        amount_cents=event.total_cents,
-        reserved=int(available),
+    values = {"sku": line.sku, "quantity": line.quantity, "amount_cents": event.total_cents}
+    if not await insert_once(session, effects, order_id=event.order_id, reserved=0, **values):
+        return
+    dialect = session.get_bind().dialect.name
+    await session.execute(add_to(stock, dialect, {"sku": line.sku}, {"reserved": 0}))
+    # One statement looks and takes: two orders can't both get the last one.
+    taken = await session.execute(
+        update(stock)
+        .where(stock.c.sku == line.sku, stock.c.reserved + line.quantity <= STOCK_PER_SKU)
+        .values(reserved=stock.c.reserved + line.quantity)
+        .returning(stock.c.sku)
     )
-    if is_new and available:
-        dialect = session.get_bind().dialect.name
-        await session.execute(add_to(stock, dialect, {"sku": line.sku}, {"reserved": line.quantity}))
+    if taken.first() is not None:
+        await session.execute(update(effects).where(effects.c.order_id == event.order_id).values(reserved=1))

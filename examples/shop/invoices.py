@@ -33,7 +33,8 @@ def write_invoice(event: OrderCreated, uow: UnitOfWork) -> None:
 
 def one_page_pdf(text: str) -> bytes:
     """The smallest PDF that shows a line of plain text."""
-    line = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode("latin-1")
+    escaped = text.replace("\\", r"\\").replace("(", r"\(").replace(")", r"\)")
+    line = f"BT /F1 12 Tf 72 720 Td ({escaped}) Tj ET".encode("latin-1", "replace")
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",

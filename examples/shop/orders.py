@@ -6,12 +6,13 @@ is sent again with the same `orderId` is the same order, charged once.
 
 import asyncio
 import os
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import date
 from typing import Any
 
 import msgspec
 from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select
+from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -75,6 +76,8 @@ async def place_order(request: Request) -> Response:
         order = msgspec.json.decode(await request.body(), type=PlaceOrder)
     except msgspec.MsgspecError as error:
         return JSONResponse({"rejected": f"the order can't be read: {error}"}, 422)
+    if not order.order_id or not order.customer_id or order.quantity < 1 or order.amount_cents < 0:
+        return JSONResponse({"rejected": "an order has an orderId, a customerId, a quantity and an amount"}, 422)
     if await is_high_risk(order):
         return JSONResponse({"rejected": "Fraud risk detected"}, 402)
     payment = await payments.authorize(order.payment_token, order.amount_cents, order.order_id)
@@ -83,7 +86,8 @@ async def place_order(request: Request) -> Response:
     async with _database().async_sessions() as session:
         known = await session.scalar(select(order_table.c.order_id).where(order_table.c.order_id == order.order_id))
         if known is None:
-            await _save(session, order, payment.authorization_id or "")
+            with suppress(IntegrityError):  # the same order, sent twice at once: the other one is it
+                await _save(session, order, payment.authorization_id or "")
     location = f"/orders/{order.order_id}"
     return JSONResponse(
         {"orderId": order.order_id, "status": "accepted", "location": location}, 202, {"location": location}

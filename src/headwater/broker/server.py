@@ -5,6 +5,7 @@ One event loop owns all state. Nothing is printed before the broker answers; the
 
 import asyncio
 import functools
+import json
 import logging
 import os
 import random
@@ -44,6 +45,7 @@ class BrokerOptions:
     config: BrokerConfig
     file_system: FileSystem = field(default_factory=DiskFileSystem)
     clock: Clock = field(default_factory=SystemClock)
+    say_json: bool = False
 
 
 class Broker:
@@ -140,7 +142,7 @@ async def serve(options: BrokerOptions) -> None:
         loop.add_signal_handler(number, stopped.set)
     broker = Broker(options, loop)
     await broker.start()
-    print(f"ready {broker.listening}", flush=True)
+    print(json.dumps({"ready": broker.listening}) if options.say_json else f"ready {broker.listening}", flush=True)
     await stopped.wait()
     logger.info("stopping")
     await broker.stop()

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         values = read_config_file(options.config) if options.config else {}
         values.update(parse_setting(text) for text in options.set)
         host, port = parse_address(options.listen)
-        run(BrokerOptions(Path(options.data), host, port, BrokerConfig(values)))
+        run(BrokerOptions(Path(options.data), host, port, BrokerConfig(values), say_json=options.json))
     except (InvalidConfig, DirectoryError, CannotListen) as error:
         print(f"headwater broker: {error}", file=sys.stderr)
         return 1
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", type=Path, help="a file of Kafka's server.properties names")
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="one config, over the file's")
+    parser.add_argument("--json", action="store_true", help='say {"ready": "HOST:PORT"} instead')
     parser.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],

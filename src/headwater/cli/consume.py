@@ -1,5 +1,6 @@
 """`headwater consume`: records of a topic, from an offset or a time on, as they are or as JSON."""
 
+import base64
 import json as json_library
 import sys
 from datetime import UTC, datetime
@@ -7,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.groups import parse_time_ms
-from headwater.cli.output import DEFAULT_SERVERS, Json, Servers, UserError, admin, explained
+from headwater.cli.groups import parse_time_ms, partitions_of
+from headwater.cli.output import DEFAULT_SERVERS, Json, Servers, UserError, admin, explained, settings_for
 from headwater.cli.topics import Name
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, KafkaReader, Message, headers_of
-from headwater.settings import Settings
 
 WAIT_SECONDS = 0.2
 
@@ -36,10 +36,10 @@ def consume(
         counts = client.partition_counts()
         if topic not in counts:
             raise UserError(f"there is no topic {topic}. `headwater topics list` shows those that are.")
-        places = [(topic, index) for index in (partition or range(counts[topic]))]
+        places = partitions_of(topic, partition, counts[topic])
         starts = _starts(client, from_, places)
         ends = client.end_offsets(places)
-        reader = KafkaReader(Settings(bootstrap_servers), starts)
+        reader = KafkaReader(settings_for(bootstrap_servers), starts)
         try:
             _print_all(reader, starts, None if follow else ends, count, keys, headers, json)
         except ConsumerFailed as error:
@@ -58,9 +58,9 @@ def _starts(client: KafkaAdmin, text: str, places: list[tuple[str, int]]) -> dic
         return earliest
     if text == "latest":
         return latest
-    if text.isdigit():
+    if text.isdecimal():
         wanted = dict.fromkeys(places, int(text))
-    elif text[:1] == "-" and text[1:].isdigit():
+    elif text[:1] == "-" and text[1:].isdecimal():
         wanted = {place: latest[place] + int(text) for place in places}
     else:
         wanted = client.offsets_at(places, parse_time_ms(text))
@@ -79,7 +79,8 @@ def _print_all(
     left = {place for place, end in ends.items() if starts[place] < end} if ends is not None else None
     printed = 0
     while (left is None or left) and (count is None or printed < count):
-        for message in reader.take(500, WAIT_SECONDS):
+        messages, ended = reader.take(500, WAIT_SECONDS)
+        for message in messages:
             place = (message.topic() or "", message.partition() or 0)
             offset = message.offset() or 0
             if ends is not None and left is not None:
@@ -90,6 +91,8 @@ def _print_all(
             if count is None or printed < count:
                 print(_as_json(message) if as_json else _as_text(message, keys, headers))
                 printed += 1
+        if left is not None:
+            left -= ended  # the end may hold what is not shown: markers of transactions, gaps of compaction
         sys.stdout.flush()
 
 
@@ -104,22 +107,28 @@ def _as_text(message: Message, keys: bool, headers: bool) -> str:
 
 
 def _as_json(message: Message) -> str:
+    """One line that `produce --json-lines` writes again byte for byte."""
     _, timestamp_ms = message.timestamp()
-    value = _text(message.value())
-    try:
-        content = json_library.loads(value) if value is not None else None
-    except ValueError:
-        content = value
     record = {
         "topic": message.topic(),
         "partition": message.partition(),
         "offset": message.offset(),
         "timestamp": datetime.fromtimestamp(timestamp_ms / 1000, UTC).isoformat(),
-        "key": _text(message.key()),
-        "headers": {name: _text(content) for name, content in headers_of(message)},
-        "value": content,
+        "key": _content(message.key()),
+        "headers": [[name, _content(value)] for name, value in headers_of(message)],
+        "value": _content(message.value()),
     }
     return json_library.dumps(record)
+
+
+def _content(content: bytes | str | None) -> object:
+    """Text where it is text, else base64."""
+    if not isinstance(content, bytes):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
 
 
 def _text(content: bytes | str | None) -> str | None:

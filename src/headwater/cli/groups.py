@@ -65,7 +65,9 @@ def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
     described = client.describe_group(group)
     owners = {place: member.client_id for member in described.members for place in member.partitions}
     committed = client.committed(group)
-    places = sorted(set(committed) | set(owners))
+    counts = client.partition_counts()
+    topics = {topic for topic, _ in [*committed, *owners]}
+    places = sorted((topic, index) for topic in topics for index in range(counts.get(topic, 0)))
     ends = client.end_offsets(places)
     starts = client.start_offsets([place for place in places if place not in committed])
     rows = []
@@ -151,12 +153,14 @@ def reset(
         counts = client.partition_counts()
         if topic not in counts:
             raise UserError(f"there is no topic {topic}.")
+        if group not in client.group_states():
+            raise UserError(f"there is no group {group}. `headwater groups list` shows those that are.")
         members = client.describe_group(group).members
         if members:
             raise UserError(
                 f"the group {group} has {len(members)} members, which would go on from where they are. Stop them first."
             )
-        places = [(topic, index) for index in (partition or range(counts[topic]))]
+        places = partitions_of(topic, partition, counts[topic])
         committed = {place: position.offset for place, position in client.committed(group).items()}
         starts, ends = client.start_offsets(places), client.end_offsets(places)
         targets = _targets(client, to, places, committed, starts, ends)
@@ -173,6 +177,14 @@ def reset(
             )
 
 
+def partitions_of(topic: str, wanted: list[int] | None, count: int) -> list[tuple[str, int]]:
+    """Raises UserError for a partition that isn't there."""
+    for index in wanted or []:
+        if not 0 <= index < count:
+            raise UserError(f"{topic} has no partition {index}: it has 0 to {count - 1}.")
+    return [(topic, index) for index in (wanted or range(count))]
+
+
 def _targets(
     client: KafkaAdmin,
     to: str,
@@ -185,9 +197,9 @@ def _targets(
         return starts
     if to == "latest":
         return ends
-    if to[0] in "+-" and to[1:].isdigit():
+    if to[:1] in ("+", "-") and to[1:].isdecimal():
         return {place: committed.get(place, starts[place]) + int(to) for place in places}
-    if to.isdigit():
+    if to.isdecimal():
         return dict.fromkeys(places, int(to))
     return client.offsets_at(places, parse_time_ms(to))
 

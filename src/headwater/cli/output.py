@@ -1,17 +1,20 @@
 """What every command prints: tables that fit the terminal, or JSON for programs; errors that say what to do next."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from dataclasses import replace
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settings
+from headwater.kafka.consumer import KafkaException
+from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settings, from_environment
 
 console = Console()
 errors = Console(stderr=True)
@@ -29,9 +32,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT_SERVERS = DEFAULT_BOOTSTRAP_SERVERS
 
 
+def settings_for(servers: str) -> Settings:
+    """The cluster that was named, with the client's properties of the environment. Raises InvalidSetting."""
+    return replace(from_environment(os.environ), bootstrap_servers=servers)
+
+
 def admin(servers: str) -> KafkaAdmin:
-    """Raises NotReachable."""
-    client = KafkaAdmin(Settings(servers))
+    """Raises NotReachable, InvalidSetting."""
+    client = KafkaAdmin(settings_for(servers))
     client.check_reachable()
     return client
 
@@ -42,8 +50,16 @@ def explained(command: str) -> Iterator[None]:
     try:
         yield
     except (AdminError, InvalidSetting, UserError) as error:
-        errors.print(f"headwater {command}: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        _say(command, str(error))
+    except KafkaException as error:
+        _say(command, f"Kafka's client refuses: {error.args[0].str() if error.args else error}")
+    except (OSError, ValueError) as error:
+        _say(command, f"{type(error).__name__}: {error}")
+
+
+def _say(command: str, message: str) -> NoReturn:
+    errors.print(f"headwater {command}: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from None
 
 
 class UserError(Exception):

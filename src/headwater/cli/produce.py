@@ -1,5 +1,6 @@
 """`headwater produce`: lines from standard input, or one value, to a topic."""
 
+import base64
 import json as json_library
 import sys
 from collections.abc import Iterable
@@ -17,12 +18,12 @@ from headwater.cli.output import (
     errors,
     explained,
     key_values,
+    settings_for,
     show_json,
 )
 from headwater.cli.topics import Name
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.producer import Acknowledged, Headers, KafkaProducer, NotPublished, Profile
-from headwater.settings import Settings
 
 
 def produce(
@@ -42,27 +43,37 @@ def produce(
 ) -> None:
     """Write records and wait until they are acknowledged."""
     with explained("produce"):
-        settings = Settings(bootstrap_servers)
+        settings = settings_for(bootstrap_servers)
+        if key_separator == "":
+            raise UserError("--key-separator is at least one character.")
         KafkaAdmin(settings).check_reachable()
         headers: Headers = [(name, text.encode()) for name, text in key_values(header or [], "--header").items()]
         producer = KafkaProducer(settings, Profile.THROUGHPUT if throughput else Profile.LATENCY)
         failures: list[NotPublished] = []
-        count = 0
+        count = acknowledged = 0
 
         def done(result: Acknowledged | NotPublished) -> None:
+            nonlocal acknowledged
             if isinstance(result, NotPublished):
                 failures.append(result)
+            else:
+                acknowledged += 1
 
         lines = [value] if value is not None else (line.rstrip("\n") for line in sys.stdin)
+        trouble: Exception | None = None
         with Progress(console=errors, transient=True) as progress:
             task = progress.add_task("producing", total=None)
-            for record_key, record_value, own in _records(lines, key, key_separator, lines_are_json):
-                producer.send(topic, record_key, record_value, headers + own, done)
-                count += 1
-                progress.update(task, completed=count)
+            try:
+                for record_key, record_value, own in _records(lines, key, key_separator, lines_are_json):
+                    producer.send(topic, record_key, record_value, headers + own, done)
+                    count += 1
+                    progress.update(task, completed=count)
+            except (UserError, UnicodeDecodeError) as error:
+                trouble = error
             producer.close()
-        if failures:
-            raise UserError(f"{len(failures)} of {count} records were not acknowledged: {failures[0]}")
+        if trouble is not None or acknowledged < count:
+            why = trouble or (failures[0] if failures else "no answer in time")
+            raise UserError(f"{acknowledged} of {count} records were acknowledged: {why}")
         if json:
             show_json({"topic": topic, "produced": count})
         else:
@@ -84,13 +95,19 @@ def _records(
         yield record_key.encode() if record_key is not None else None, line.encode(), []
 
 
+def content_bytes(content: object) -> bytes | None:
+    """Text, `{"base64": ...}` for bytes that are no text, or null. Raises ValueError."""
+    if content is None or isinstance(content, str):
+        return None if content is None else content.encode()
+    if isinstance(content, dict) and set(content) == {"base64"}:
+        return base64.b64decode(content["base64"], validate=True)
+    raise ValueError('keys, values and headers are text, {"base64": ...} or null')
+
+
 def _json_record(line: str, number: int) -> tuple[bytes | None, bytes | None, Headers]:
     try:
         record = json_library.loads(line)
-        value = record.get("value")
-        text = value if isinstance(value, str) or value is None else json_library.dumps(value)
-        headers: Headers = [(name, str(content).encode()) for name, content in (record.get("headers") or {}).items()]
-        key = record.get("key")
-        return key.encode() if key is not None else None, text.encode() if text is not None else None, headers
-    except (ValueError, AttributeError) as error:
+        headers: Headers = [(name, content_bytes(content)) for name, content in record.get("headers") or []]
+        return content_bytes(record.get("key")), content_bytes(record.get("value")), headers
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"line {number} is no JSON object with key, value and headers: {error}") from None

@@ -1,27 +1,60 @@
 """`headwater run`: one application's handlers, relay and web, until SIGTERM."""
 
+import json as json_library
 import logging
 from typing import Annotated
 
 import typer
+from sqlalchemy.exc import OperationalError
 
 from headwater.cli.output import UserError, explained
+from headwater.event.event import NotAnEvent
+from headwater.event.topic import InvalidTopic
 from headwater.kafka.consumer import ConsumerFailed
+from headwater.kafka.producer import NotPublished
 from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
 from headwater.runtime.publish import NoTopic
+from headwater.store.database import InvalidDatabase
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+EXPLAINED = (
+    CannotStart,
+    ConsumerFailed,
+    InvalidDatabase,
+    InvalidHandler,
+    InvalidTopic,
+    NoTopic,
+    NotAnEvent,
+    NotPublished,
+    OperationalError,
+)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name}
+        line["message"] = record.getMessage() + (self.formatException(record.exc_info) if record.exc_info else "")
+        return json_library.dumps(line)
 
 
 def run(
     target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.inventory:app.")],
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
 ) -> None:
     """Run an application. The cluster is HEADWATER_BOOTSTRAP_SERVERS, the database HEADWATER_DATABASE_URL."""
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with explained("run"):
+        if log_level not in LOG_LEVELS:
+            raise UserError(f"--log-level is one of {', '.join(LOG_LEVELS)}, not {log_level!r}.")
+        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        if json:
+            logging.getLogger().handlers[0].setFormatter(JsonLines())
         try:
             run_app(load(target))
-        except (CannotStart, InvalidHandler, NoTopic, ConsumerFailed) as error:
-            raise UserError(str(error)) from None
+        except EXPLAINED as error:
+            raise UserError(str(error).split("\n(Background")[0]) from None

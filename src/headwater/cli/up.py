@@ -8,6 +8,7 @@ the applications stop before the broker, so that each can commit where it is.
 """
 
 import asyncio
+import contextlib
 import json as json_library
 import os
 import signal
@@ -25,10 +26,32 @@ app = typer.Typer(invoke_without_command=True, help="A broker and applications, 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
 STEADY_SECONDS = 30.0  # one that ran this long starts again without a pause next time
-STOP_SECONDS = 30.0
+STOP_SECONDS = 40.0  # an application has 20 s for its handlers, 10 for its requests, and some for what is under way
+MAX_SOCKET_PATH = 100  # bytes; the system's limit is 108
 BROKER = "broker"
 
 Data = Annotated[Path, typer.Option("--data", help="Directory of the broker, the databases and the control socket.")]
+
+
+def say(name: str, **facts: object) -> None:
+    """One line about a process: for people, or as JSON."""
+    if Speech.as_json:
+        print(json_library.dumps({"name": name, **facts}), flush=True)
+    else:
+        console.print(
+            f"{name}: " + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in facts.items()), highlight=False
+        )
+
+
+class Speech:
+    as_json = False
+
+
+def _die_with_parent() -> None:
+    """In the child, on Linux: a supervisor that is killed must not leave its processes behind."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Supervised:
@@ -42,6 +65,10 @@ class Supervised:
         self.process: asyncio.subprocess.Process | None = None
         self.wanted = True
         self.changed = asyncio.Event()
+        self.stopped = asyncio.Event()
+        """Not running, and not about to."""
+        self.first_code: int | None = None
+        """The exit code, when it ended before it was ready for the first time."""
 
     async def supervise(self) -> None:
         """Keep it running while it is wanted."""
@@ -49,34 +76,48 @@ class Supervised:
         while True:
             if not self.wanted:
                 self.changed.clear()
+                self.stopped.set()
                 await self.changed.wait()
                 continue
+            self.stopped.clear()
             started = time.monotonic()
             code = await self._run_once()
             if not self.wanted:
-                console.print(f"{self.name}: stopped", highlight=False)
+                say(self.name, stopped_with_code=code)
                 continue
+            if self.name == BROKER and not self.address:
+                self.first_code = code
+                self.stopped.set()
+                return
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            console.print(f"{self.name}: ended with code {code}, starts again in {pause:.0f} s", highlight=False)
-            await asyncio.sleep(pause)
+            say(self.name, ended_with_code=code, starts_again_in_seconds=pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     async def _run_once(self) -> int:
+        is_broker = self.name == BROKER
         self.process = process = await asyncio.create_subprocess_exec(
             *self.command,
             env={**os.environ, **self.environment},
-            stdout=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE if is_broker else None,
             start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
+        if not self.wanted:  # stopped while it was being started
+            process.send_signal(signal.SIGTERM)
         ready = True
-        if self.name == BROKER:
+        if is_broker:
             assert process.stdout is not None
             line = (await process.stdout.readline()).decode()
             ready = line.startswith("ready ")
-            self.address = line.removeprefix("ready ").strip()
+            if ready:
+                self.address = line.removeprefix("ready ").strip()
+                # a broker that starts again keeps its address: the applications know no other
+                self.command[self.command.index("--listen") + 1] = self.address
         if ready:
-            console.print(f"{self.name}: {self.address or 'running'}, pid {process.pid}", highlight=False)
+            say(self.name, **({"address": self.address} if self.address else {}), pid=process.pid)
         code = await process.wait()
         self.process = None
         return code
@@ -85,19 +126,23 @@ class Supervised:
         self.wanted = False
         self.changed.set()
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signal.SIGTERM)
 
     def start(self) -> None:
         self.wanted = True
         self.changed.set()
 
     async def wait_stopped(self) -> None:
-        deadline = time.monotonic() + STOP_SECONDS
-        while self.process is not None:
-            if time.monotonic() > deadline:
-                console.print(f"{self.name}: did not stop within {STOP_SECONDS:.0f} s, ended", highlight=False)
-                self.process.kill()
-            await asyncio.sleep(0.02)
+        try:
+            await asyncio.wait_for(self.stopped.wait(), STOP_SECONDS)
+        except TimeoutError:
+            say(self.name, killed_after_seconds=STOP_SECONDS)
+            if self.process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    self.process.kill()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopped.wait(), 5.0)
 
     def status(self) -> dict[str, object]:
         return {
@@ -119,11 +164,13 @@ def up(
     application: Annotated[
         list[str] | None, typer.Option("--app", metavar="MODULE:APP", help="An application; repeatable.")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Start everything and keep it running until SIGTERM or Ctrl-C."""
     if context.invoked_subcommand is not None:
         context.obj = data
         return
+    Speech.as_json = json
     with explained("up"):
         data.mkdir(parents=True, exist_ok=True)
         code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, application or []))
@@ -145,16 +192,19 @@ async def _supervise(data: Path, port: int, servers: str | None, targets: list[s
             everyone.append(broker)
             tasks.append(asyncio.create_task(broker.supervise()))
             while not broker.address and not stop.is_set():
-                if broker.process is not None and broker.process.returncode is not None:
-                    raise UserError("the broker did not start.")
+                if broker.first_code is not None:
+                    raise UserError(f"the broker did not start (exit code {broker.first_code}); it says why above.")
                 await asyncio.sleep(0.01)
             servers = broker.address
+        else:
+            say("cluster", address=servers, broker="not started here")
         for target in targets:
-            everyone.append(_application(target, data, servers))
+            everyone.append(_application(target, data, servers, [each.name for each in everyone]))
             tasks.append(asyncio.create_task(everyone[-1].supervise()))
         await stop.wait()
     finally:
-        console.print("stopping", highlight=False)
+        if not Speech.as_json:
+            console.print("stopping", highlight=False)
         for group in ([each for each in everyone if each.name != BROKER], everyone):
             for each in group:
                 each.stop()
@@ -166,8 +216,10 @@ async def _supervise(data: Path, port: int, servers: str | None, targets: list[s
     return 0
 
 
-def _application(target: str, data: Path, servers: str) -> Supervised:
+def _application(target: str, data: Path, servers: str, taken: list[str]) -> Supervised:
     name = target.partition(":")[0].rpartition(".")[2]
+    if name in (*taken, BROKER):
+        raise UserError(f"two processes would be called {name!r}: name the module of {target} otherwise.")
     environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
     if "HEADWATER_DATABASE_URL" not in os.environ:
         environment["HEADWATER_DATABASE_URL"] = f"sqlite:///{data / name}.db"
@@ -201,6 +253,8 @@ async def _listen(data: Path, everyone: list[Supervised]) -> asyncio.Server:
         await writer.drain()
         writer.close()
 
+    if len(str(path)) > MAX_SOCKET_PATH:
+        raise UserError(f"the path {path} is too long for a socket: choose a shorter --data.")
     return await asyncio.start_unix_server(serve, str(path))
 
 
@@ -209,9 +263,13 @@ async def _ask(data: Path, request: str) -> dict[str, object]:
         reader, writer = await asyncio.open_unix_connection(str(data / "up.sock"))
     except (FileNotFoundError, ConnectionRefusedError):
         raise UserError(f"no `headwater up` runs on {data}. Name its directory: headwater up --data DIR ...") from None
-    writer.write(request.encode() + b"\n")
-    answer = json_library.loads(await reader.readline())
-    writer.close()
+    try:
+        writer.write(request.encode() + b"\n")
+        answer = json_library.loads(await reader.readline())
+    except (ConnectionError, json_library.JSONDecodeError):
+        raise UserError("the supervisor is just stopping.") from None
+    finally:
+        writer.close()
     if "error" in answer:
         raise UserError(str(answer["error"]))
     assert isinstance(answer, dict)

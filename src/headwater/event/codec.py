@@ -42,7 +42,7 @@ _encoder = msgspec.json.Encoder()
 def encode(event: object, source: str, cause: Cause, metadata: Metadata | None = None) -> Encoded:
     """An event in its envelope, caused by `cause`."""
     cls = type(event)
-    data = event.model_dump(mode="json") if isinstance(event, PydanticModel) else event
+    data = event.model_dump(mode="json", by_alias=True) if isinstance(event, PydanticModel) else event
     envelope = Envelope(
         event_id=new_id(),
         event_type=event_type(cls),
@@ -70,7 +70,9 @@ class Decoder:
     """Reads the events of some classes."""
 
     def __init__(self, classes: Sequence[type]) -> None:
-        self._pydantic = {event_type(cls): cls for cls in classes if hasattr(cls, "model_validate")}
+        self._pydantic = {
+            event_type(cls): cls.model_validate_json for cls in classes if hasattr(cls, "model_validate_json")
+        }
         self._known = {event_type(cls) for cls in classes}
         tagged = tuple(_tagged_envelope(cls) for cls in classes)
         self._decode = msgspec.json.Decoder(Union[tagged]).decode  # noqa: UP007 - made at run time
@@ -82,15 +84,15 @@ class Decoder:
             raise Undecodable("the record has no value: a tombstone is no event")
         try:
             tagged = self._decode(value)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except Exception as error:  # also what an event's own constructor raises, and JSON nested too deep
             raise self._why(value, error) from None
         data = tagged.data
         name = type(tagged).__struct_config__.tag
         if name in self._pydantic:
             try:
-                data = self._pydantic[name].model_validate(data)
-            except ValueError as error:
-                raise Undecodable(str(error)) from None
+                data = self._pydantic[name](bytes(data))
+            except Exception as error:
+                raise Undecodable(f"the data is no {name}: {error}") from None
         return Envelope(
             tagged.event_id,
             name,
@@ -107,7 +109,7 @@ class Decoder:
         """The slow way, for what the fast one can't read."""
         try:
             envelope: Envelope = self._decode_any(value)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as other:
+        except Exception as other:
             return Undecodable(f"the value is no envelope: {other}")
         if envelope.event_type not in self._known:
             return Unknown(envelope.event_type)
@@ -116,7 +118,7 @@ class Decoder:
 
 def _tagged_envelope(cls: type) -> Any:
     """The envelope of one event class, told from the others by its `eventType`."""
-    data = dict if hasattr(cls, "model_validate") else cls
+    data = msgspec.Raw if hasattr(cls, "model_validate") else cls
     return msgspec.defstruct(
         f"{event_type(cls)}Envelope",
         [

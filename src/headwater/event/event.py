@@ -30,7 +30,7 @@ class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, rename="camel"):
 class PydanticModel(Protocol):
     """What is asked of a pydantic model; pydantic itself is not imported."""
 
-    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
+    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]: ...
 
 
 AnyEvent: TypeAlias = object

@@ -7,7 +7,10 @@ required, because a topic without a key promises no order to anybody.
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import date
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 from headwater.event.event import check_event_class
 from headwater.settings import duration_seconds
@@ -57,13 +60,27 @@ class Topic:
             self.configs["retention.ms"] = str(round(seconds * 1000) if seconds >= 0 else -1)
         if compacted:
             self.configs["cleanup.policy"] = "compact"
+        names = [cls.__name__ for cls in events]
+        if len(set(names)) < len(names):
+            raise InvalidTopic(f"the topic {name} lists two classes of one name: the name is the event's type.")
 
     def key_of(self, event: Any) -> bytes:
         """The key of one event, as it goes on the wire. Raises InvalidTopic for an event without one."""
         value = getattr(event, self.key)
-        if value is None or value == "":
+        if value is None or value == "" or value == b"":
             raise InvalidTopic(f"this {type(event).__name__} has an empty {self.key}: {self.name} is ordered by it.")
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, Enum) or not isinstance(value, str | int | UUID | date):
+            raise InvalidTopic(
+                f"the {self.key} of this {type(event).__name__} is a {type(value).__name__}: keys of {self.name} are "
+                "text, bytes, whole numbers, UUIDs or dates."
+            )
         return str(value).encode()
+
+    @property
+    def is_compacted(self) -> bool:
+        return "compact" in self.configs.get("cleanup.policy", "")
 
     def __repr__(self) -> str:
         return f"Topic({self.name!r})"

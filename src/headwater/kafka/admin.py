@@ -103,10 +103,7 @@ class KafkaAdmin:
         """Raises AdminError for an unknown one."""
         found = []
         for name, future in self._client.describe_topics(TopicCollection(list(names))).items():
-            try:
-                topic = future.result(TIMEOUT_SECONDS)
-            except KafkaException as error:
-                raise AdminError(f"the topic {name}: {error.args[0].str()}") from None
+            topic = self._result(future, f"the topic {name}")
             partitions = [
                 PartitionDescription(
                     each.id,
@@ -126,6 +123,10 @@ class KafkaAdmin:
         self, name: str, partitions: int = -1, replication_factor: int = -1, configs: Mapping[str, str] | None = None
     ) -> bool:
         """False when it was there already. Raises AdminError."""
+        if partitions < -1 or replication_factor < -1 or not name:
+            raise AdminError(
+                f"a topic has a name, and at least 1 partition and replica, or -1 for the default: {name!r}."
+            )
         topic = NewTopic(name, partitions, replication_factor, config=dict(configs or {}))
         try:
             self._client.create_topics([topic], operation_timeout=TIMEOUT_SECONDS)[name].result(TIMEOUT_SECONDS)
@@ -133,6 +134,8 @@ class KafkaAdmin:
             if error.args[0].code() == ALREADY_EXISTS:
                 return False
             raise AdminError(f"the topic {name} can't be created: {error.args[0].str()}") from None
+        except TimeoutError:
+            raise NotReachable(f"no answer from {self._servers} within {TIMEOUT_SECONDS:.0f} s") from None
         return True
 
     def delete_topic(self, name: str) -> None:
@@ -197,7 +200,7 @@ class KafkaAdmin:
 
     def group_states(self) -> dict[str, str]:
         """Raises AdminError."""
-        listing = self._client.list_consumer_groups().result(TIMEOUT_SECONDS)
+        listing = self._result(self._client.list_consumer_groups(), "the groups can't be listed")
         return {group.group_id: group.state.name if group.state else "" for group in listing.valid}
 
     def describe_group(self, group: str) -> GroupDescription:

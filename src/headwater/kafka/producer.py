@@ -6,7 +6,9 @@ of the loop for all that a poll delivered.
 """
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import StrEnum
@@ -21,6 +23,7 @@ Headers = list[tuple[str, str | bytes | None]]
 
 FLUSH_SECONDS = 20.0
 POLL_SECONDS = 0.1
+FULL_SECONDS = 0.005  # between tries while the client's queue is full
 
 
 class Profile(StrEnum):
@@ -46,6 +49,7 @@ ALWAYS: dict[str, str | int | bool] = {
     "acks": "all",
     "enable.idempotence": True,
     "partitioner": "murmur2_random",
+    "message.max.bytes": 104857600,  # the topic's max.message.bytes decides, not the client
 }
 
 
@@ -68,11 +72,26 @@ def producer_config(settings: Settings, profile: Profile) -> dict[str, str | int
     }
 
 
-class KafkaProducer:
-    """One producer for a process; `send` from any thread."""
+class QueueFull(Exception):
+    """The client holds as many records as it may: wait a little."""
 
-    def __init__(self, settings: Settings, profile: Profile = Profile.LATENCY) -> None:
-        self._producer = confluent_kafka.Producer(producer_config(settings, profile))
+
+class KafkaProducer:
+    """One producer for a process; `send` from any thread.
+
+    After an error that the client can't recover from, everything that is under way is failed, and so is all that is
+    sent from then on; `on_fatal` is told, once, in the poll thread.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        profile: Profile = Profile.LATENCY,
+        on_fatal: "Callable[[NotPublished], None]" = lambda error: None,
+    ) -> None:
+        self._producer = confluent_kafka.Producer({**producer_config(settings, profile), "error_cb": self._error})
+        self._on_fatal = on_fatal
+        self._fatal: NotPublished | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="producer", daemon=True)
         self._thread.start()
@@ -84,8 +103,11 @@ class KafkaProducer:
         value: bytes | None,
         headers: Headers,
         done: "Callable[[Acknowledged | NotPublished], None]",
+        *,
+        partition: int = -1,
+        block: bool = True,
     ) -> None:
-        """`done` is called in the poll thread. Blocks while the client's queue is full: that is the back-pressure."""
+        """`done` is called in the poll thread. While the client's queue is full it blocks, or raises QueueFull."""
 
         def delivered(error: confluent_kafka.KafkaError | None, message: confluent_kafka.Message) -> None:
             if error is not None:
@@ -94,11 +116,16 @@ class KafkaProducer:
                 done(Acknowledged(topic, message.partition() or 0, message.offset() or 0))
 
         while True:
+            if self._fatal is not None or self._stopping.is_set():
+                done(self._fatal or NotPublished(f"{topic}: the producer is closed"))
+                return
             try:
-                self._producer.produce(topic, value, key, headers=headers, on_delivery=delivered)
+                self._producer.produce(topic, value, key, partition=partition, headers=headers, on_delivery=delivered)
                 return
             except BufferError:
-                self._producer.poll(POLL_SECONDS)
+                if not block:
+                    raise QueueFull from None
+                time.sleep(FULL_SECONDS)
             except confluent_kafka.KafkaException as error:
                 done(NotPublished(f"{topic}: {error.args[0].str()}"))
                 return
@@ -113,14 +140,35 @@ class KafkaProducer:
         """How many records are still under way after that time."""
         return int(self._producer.flush(seconds))
 
-    def close(self) -> None:
-        self.flush()
+    def close(self, seconds: float = FLUSH_SECONDS) -> int:
+        """Wait for what is under way, at most so long; what is left is failed. How many those were."""
+        left = self.flush(seconds)
+        if left:
+            self._give_up()
         self._stopping.set()
         self._thread.join()
+        return left
+
+    def _give_up(self) -> None:
+        self._producer.purge()
+        self._producer.flush(1.0)  # which delivers the failures
+
+    def _error(self, error: confluent_kafka.KafkaError) -> None:
+        """Called by `poll`; anything that is not fatal the client retries by itself."""
+        if error.fatal() and self._fatal is None:
+            self._fatal = NotPublished(error.str())
 
     def _poll(self) -> None:
+        told = False
         while not self._stopping.is_set():
-            self._producer.poll(POLL_SECONDS)
+            try:
+                self._producer.poll(POLL_SECONDS)
+            except confluent_kafka.KafkaException as error:
+                self._error(error.args[0])
+            if self._fatal is not None and not told:
+                told = True
+                self._give_up()
+                self._on_fatal(self._fatal)
 
 
 def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:
@@ -139,21 +187,30 @@ class LoopProducer:
         self._lock = threading.Lock()
         self._done: list[tuple[asyncio.Future[Acknowledged], Acknowledged | NotPublished]] = []
 
-    def send(
-        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers
-    ) -> "asyncio.Future[Acknowledged]":
-        """The future fails with NotPublished."""
+    async def send(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers, *, partition: int = -1
+    ) -> Acknowledged:
+        """Raises NotPublished."""
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
-        self._producer.send(topic, key, value, headers, lambda result: self._acknowledged(future, result))
-        return future
+
+        def done(result: Acknowledged | NotPublished) -> None:
+            self._acknowledged(future, result)
+
+        while True:
+            try:
+                self._producer.send(topic, key, value, headers, done, partition=partition, block=False)
+                return await future
+            except QueueFull:
+                await asyncio.sleep(FULL_SECONDS)
 
     def _acknowledged(self, future: "asyncio.Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:
-        """In the poll thread."""
+        """In the poll thread, or where `send` was refused."""
         with self._lock:
             self._done.append((future, result))
             first = len(self._done) == 1
         if first:
-            self._loop.call_soon_threadsafe(self._deliver)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         with self._lock:

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -24,8 +24,9 @@ from sqlalchemy.orm import Session
 from headwater.event.topic import Topic
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import KafkaConsumer, Message, headers_of
-from headwater.kafka.producer import Acknowledged, KafkaProducer, LoopProducer, Profile
+from headwater.kafka.producer import Acknowledged, KafkaProducer, LoopProducer, NotPublished, Profile
 from headwater.runtime.consumer_thread import ConsumerThread
+from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.handler import Function, Handler, InvalidHandler
 from headwater.runtime.lane import Lane
 from headwater.runtime.publish import Router
@@ -41,7 +42,10 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Function)
 
 STOP_SECONDS = 20.0
-SYNC_HANDLERS = 8  # threads for sync handlers, per application
+WEB_STOP_SECONDS = 10  # for requests that are being answered
+SYNC_HANDLERS = 8  # threads, per sync handler
+DEFAULT_MAX_MESSAGE_BYTES = "1048588"
+DEAD_LETTER_ROOM = 64 * 1024  # for the headers that say where a dead letter came from
 DEAD_RETENTION_MS = 90 * 24 * 3600 * 1000
 
 
@@ -76,6 +80,7 @@ class App:
         self._loop_producer: LoopProducer | None = None
         self._relay: Relay | None = None
         self._users = 0
+        self._failed: Callable[[Exception], None] | None = None
         self._before: list[Callable[[], Awaitable[None]]] = []
 
     @property
@@ -91,10 +96,6 @@ class App:
             if any(handler.group == group for handler in self.handlers):
                 raise InvalidHandler(f"the group {group} has a handler already: each handler is a group of its own.")
             handler = Handler(function, topic, group)
-            if handler.uow_parameter is not None and self.database is None:
-                raise InvalidHandler(
-                    f"the handler {handler.name} takes a UnitOfWork, but there is no database: set HEADWATER_DATABASE_URL."
-                )
             self._router.add([topic])
             self.handlers.append(handler)
             return function
@@ -128,13 +129,15 @@ class App:
 
     def unit_of_work(self, session: AsyncSession | Session | None = None) -> UnitOfWork:
         """On the caller's own session, or on a new async one of this application's database."""
+        if self.database is None:
+            raise CannotStart(f"{self.name} has no database that its relay could read: set HEADWATER_DATABASE_URL.")
         if session is None:
-            assert self.database is not None, "there is no database: set HEADWATER_DATABASE_URL"
             session = self.database.async_sessions()
         return UnitOfWork(session, self._router.outbox_row, self._wake_relay)
 
     def sync_unit_of_work(self) -> UnitOfWork:
-        assert self.database is not None, "there is no database: set HEADWATER_DATABASE_URL"
+        if self.database is None:
+            raise CannotStart(f"{self.name} has no database that its relay could read: set HEADWATER_DATABASE_URL.")
         return UnitOfWork(self.database.sessions(), self._router.outbox_row, self._wake_relay)
 
     async def release(self, uow: UnitOfWork) -> None:
@@ -154,18 +157,24 @@ class App:
             ("headwater-offset", str(message.offset()).encode()),
             ("headwater-group", handler.group.encode()),
             ("headwater-class", b"poison"),
-            ("headwater-error", reason.encode()[:1000]),
+            ("headwater-error", reason.encode("utf-8", "replace")[:1000]),
         ]
-        await self._loop_producer.send(handler.dead_topic, message.key(), message.value(), headers)
+        await self._loop_producer.send(
+            handler.dead_topic, message.key(), message.value(), headers, partition=message.partition() or 0
+        )
 
     # Life
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: object = None) -> AsyncIterator[None]:
         """The publishing half: topics, producer, relay. For Starlette and FastAPI: `lifespan=app.lifespan`."""
+        if self._users == 0:
+            try:
+                await self._open()
+            except BaseException:
+                await self._close()
+                raise
         self._users += 1
-        if self._users == 1:
-            await self._open()
         try:
             yield
         finally:
@@ -175,12 +184,13 @@ class App:
 
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
+        self._check_handlers()
         await loop.run_in_executor(None, self._create_topics)
         if self.database is not None:
-            await loop.run_in_executor(None, tables.metadata.create_all, self.database.engine)
+            await loop.run_in_executor(None, tables.create_tables, self.database.engine)
         for function in self._before:
             await function()
-        self._producer = KafkaProducer(self.settings, self._profile)
+        self._producer = KafkaProducer(self.settings, self._profile, self._producer_failed)
         self._loop_producer = LoopProducer(self._producer, loop)
         if self.database is not None:
             self._relay = Relay(self.database, self.settings)
@@ -197,6 +207,26 @@ class App:
         if self.database is not None:
             await self.database.close()
 
+    def _check_handlers(self) -> None:
+        """What can be known to go wrong. Raises InvalidHandler."""
+        for handler in self.handlers:
+            if handler.uow_parameter is not None and self.database is None:
+                raise InvalidHandler(
+                    f"the handler {handler.name} takes a UnitOfWork, but there is no database: set HEADWATER_DATABASE_URL."
+                )
+            for cls in handler.returns:
+                if not self._router.lists(cls):
+                    raise InvalidHandler(
+                        f"the handler {handler.name} returns {cls.__name__}, which no topic of the application lists: "
+                        f"give the App its topic, App({self.name!r}, topics=[...])."
+                    )
+
+    def _producer_failed(self, error: NotPublished) -> None:
+        """In the poll thread: the client can't go on. A process that is supervised starts again."""
+        logger.critical("producer_failed app=%s error=%s", self.name, error)
+        if self._failed is not None:
+            self._failed(error)
+
     def _create_topics(self) -> None:
         """What is declared and missing is made; what is there is left as it is. Raises CannotStart, AdminError."""
         admin = KafkaAdmin(self.settings)
@@ -204,8 +234,14 @@ class App:
         present = admin.partition_counts()
         wanted = {topic.name: (topic.partitions, topic.configs) for topic in self.topics}
         for handler in self.handlers:
-            partitions = present.get(handler.topic.name, handler.topic.partitions)
-            wanted[handler.dead_topic] = (partitions, {"retention.ms": str(DEAD_RETENTION_MS)})
+            partitions, configs = handler.topic.partitions, handler.topic.configs
+            if handler.topic.name in present:
+                partitions = present[handler.topic.name]
+                if handler.dead_topic not in present:
+                    configs = {name: each.value for name, each in admin.topic_configs(handler.topic.name).items()}
+            largest = int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + DEAD_LETTER_ROOM
+            dead = {"retention.ms": str(DEAD_RETENTION_MS), "max.message.bytes": str(largest)}
+            wanted[handler.dead_topic] = (partitions, dead)
         missing = {name: shape for name, shape in wanted.items() if name not in present}
         if missing and not self.settings.create_topics:
             commands = "\n".join(
@@ -220,56 +256,72 @@ class App:
             admin.create_topic(name, partitions, configs=configs)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set. Raises CannotStart, AdminError, ConsumerFailed."""
+        """Until `stop` is set. Raises CannotStart, AdminError, ConsumerFailed, NotPublished."""
         loop = asyncio.get_running_loop()
         failure: asyncio.Future[None] = loop.create_future()
 
         def failed(error: Exception) -> None:
-            loop.call_soon_threadsafe(_fail, failure, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended already
+                loop.call_soon_threadsafe(_fail, failure, error)
 
+        self._failed = failed
+        listener = self._bind_web()
         async with self.lifespan():
-            executor = ThreadPoolExecutor(SYNC_HANDLERS, thread_name_prefix="handler")
-            threads = [self._consume(handler, loop, executor, failed) for handler in self.handlers]
-            web = asyncio.create_task(self._serve_web(stop)) if self._web is not None else None
+            threads = [self._consume(handler, loop, failed) for handler in self.handlers]
+            web = asyncio.create_task(self._serve_web(listener, stop)) if listener is not None else None
             stopping = asyncio.create_task(stop.wait())
             logger.info("running app=%s handlers=%d", self.name, len(threads))
-            await asyncio.wait(
-                [task for task in (stopping, failure, web) if task is not None], return_when=asyncio.FIRST_COMPLETED
-            )
-            stop.set()
-            logger.info("stopping app=%s", self.name)
-            for thread in threads:
-                thread.request_stop(STOP_SECONDS)
-            while any(thread.is_alive for thread in threads):
-                await asyncio.sleep(0.01)
-            executor.shutdown(wait=False, cancel_futures=True)
+            try:
+                waited = [task for task in (stopping, failure, web) if task is not None]
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stop.set()
+                logger.info("stopping app=%s", self.name)
+                for thread in threads:
+                    thread.request_stop(STOP_SECONDS)
+                while any(thread.is_alive for thread in threads):
+                    await asyncio.sleep(0.01)
+                stopping.cancel()
             if web is not None:
                 await web
         if failure.done():
             failure.result()
 
     def _consume(
-        self,
-        handler: Handler,
-        loop: asyncio.AbstractEventLoop,
-        executor: ThreadPoolExecutor,
-        failed: Callable[[Exception], None],
+        self, handler: Handler, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]
     ) -> ConsumerThread:
+        executor = DaemonExecutor(SYNC_HANDLERS, f"handler-{handler.group}")
         thread = ConsumerThread(
             KafkaConsumer(self.settings, handler.group),
             handler.topic.name,
             loop,
-            lambda partition, space: Lane(handler, partition, self, executor, space),
+            lambda partition, space: Lane(handler, partition, self, executor, space, failed),
             failed,
         )
         thread.start()
         return thread
 
-    async def _serve_web(self, stop: asyncio.Event) -> None:
+    def _bind_web(self) -> socket.socket | None:
+        """Raises CannotStart."""
+        if self._web is None:
+            return None
+        _, host, port = self._web
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            listener.close()
+            raise CannotStart(
+                f"{self.name} can't serve {host}:{port}: {os.strerror(error.errno or 0).lower()}. "
+                "Stop what uses the port, or give `app.web` another."
+            ) from None
+        return listener
+
+    async def _serve_web(self, listener: socket.socket, stop: asyncio.Event) -> None:
         import uvicorn
 
         assert self._web is not None
-        asgi, host, port = self._web
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
@@ -277,17 +329,18 @@ class App:
                 """The application's own stop counts."""
                 yield
 
-        server = Server(uvicorn.Config(asgi, host, port, log_level="warning", access_log=False))
+        config = uvicorn.Config(
+            self._web[0], log_level="warning", access_log=False, timeout_graceful_shutdown=WEB_STOP_SECONDS
+        )
+        server = Server(config)
 
         async def end() -> None:
             await stop.wait()
             server.should_exit = True
 
         ending = asyncio.create_task(end())
-        await server.serve()
+        await server.serve(sockets=[listener])
         ending.cancel()
-        if not stop.is_set():
-            raise CannotStart(f"{self.name} can't serve {host}:{port}: is the port in use?")
 
 
 def _fail(future: "asyncio.Future[None]", error: Exception) -> None:

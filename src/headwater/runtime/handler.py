@@ -34,9 +34,11 @@ class Handler:
         self.topic = topic
         self.group = group
         self.name = getattr(function, "__name__", repr(function))
-        self.is_async = inspect.iscoroutinefunction(function)
+        self.is_async = _is_async(function)
         self.uow_parameter: str | None = None
         self.envelope_parameter: str | None = None
+        self.returns: list[type] = []
+        """The event classes that it says it returns."""
         self.classes = self._inspect()
         self.decoder = Decoder(self.classes)
 
@@ -74,11 +76,22 @@ class Handler:
                     f"the handler {self.name} has the parameter {name!r}, which nothing is known for: annotate it with "
                     "UnitOfWork or Envelope, or leave it out."
                 )
-        hint = hints[parameters[0]]
-        classes = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        self.returns = [cls for cls in _choices(hints.get("return")) if isinstance(cls, type) and cls is not type(None)]
+        classes = _choices(hints[parameters[0]])
         for cls in classes:
             if cls not in self.topic.events:
                 raise InvalidHandler(
                     f"the handler {self.name} takes {getattr(cls, '__name__', cls)}, which {self.topic.name} doesn't list."
                 )
         return classes
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The classes that a hint names."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _is_async(function: Function) -> bool:
+    """Also for objects that are called, and for functions behind a wrapper."""
+    called = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(getattr(called, "__call__", None))  # noqa: B004

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from contextvars import copy_context
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 30.0
+TURN_SECONDS = 0.005  # of handlers that never wait, before others have their turn
+MAX_ERROR = 1000
 METADATA_PREFIX = "hw1:"
 MAX_METADATA = 4000  # Kafka's limit is 4,096 (offset.metadata.max.bytes)
 
@@ -42,6 +44,12 @@ class Waiting(msgspec.Struct, frozen=True):
     attempts: int
     error: str
     since_ms: int
+
+
+class HandlerFailed(NamedTuple):
+    """A sync handler raised, in its thread."""
+
+    error: Exception
 
 
 class Effects(Protocol):
@@ -63,24 +71,35 @@ class Effects(Protocol):
 
 class Lane:
     def __init__(
-        self, handler: Handler, partition: int, effects: Effects, executor: Executor, space: Callable[[], None]
+        self,
+        handler: Handler,
+        partition: int,
+        effects: Effects,
+        executor: Executor,
+        space: Callable[[], None],
+        failed: Callable[[Exception], None],
     ) -> None:
-        """`space` is called when buffered events were handled."""
+        """`space` is called when buffered events were handled, `failed` when the lane itself breaks."""
         self.partition = partition
         self.frontier: int | None = None
         """The first offset that is not settled; None before the first event. Read by the consumer thread."""
         self.waiting: Waiting | None = None
-        self.buffered = 0
-        self.buffered_bytes = 0
+        self.taken = 0
+        self.taken_bytes = 0
+        """Handed over so far; counted by the consumer thread, which bounds what is taken and not done."""
+        self.done = 0
+        self.done_bytes = 0
         self.stopped = threading.Event()
         self._handler = handler
         self._effects = effects
         self._executor = executor
         self._space = space
+        self._failed = failed
         self._queue: deque[list[Message]] = deque()
         self._wake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._is_stopping = False
+        self._is_cancelled = False
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -98,13 +117,10 @@ class Lane:
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def add(self, messages: list[Message], size_bytes: int) -> None:
-        if self._is_stopping:
-            return
-        self.buffered += len(messages)
-        self.buffered_bytes += size_bytes
-        self._queue.append(messages)
-        self._wake.set()
+    def add(self, messages: list[Message]) -> None:
+        if not self._is_stopping:
+            self._queue.append(messages)
+            self._wake.set()
 
     def stop(self) -> None:
         """Begin no further event; `stopped` is set when the one at work is done."""
@@ -114,6 +130,7 @@ class Lane:
 
     def cancel(self) -> None:
         """The time for stopping is over: an async handler is cancelled, its event stays unsettled."""
+        self._is_cancelled = True
         if self._task is not None:
             self._task.cancel()
 
@@ -129,14 +146,15 @@ class Lane:
                     await self._handle_async(messages)
                 else:
                     await self._handle_sync(messages)
-                self.buffered -= len(messages)
-                self.buffered_bytes = max(0, self.buffered_bytes - sum(len(m.value() or b"") for m in messages))
+                self.done += len(messages)
+                self.done_bytes += sum(len(message.value() or b"") for message in messages)
                 self._space()
-                await asyncio.sleep(0)  # handlers that never wait must not keep the loop to themselves
+                await asyncio.sleep(0)
         except asyncio.CancelledError:
             logger.warning("handler_cancelled handler=%s partition=%d", self._handler.name, self.partition)
-        except Exception:
+        except Exception as error:
             logger.exception("lane_failed handler=%s partition=%d", self._handler.name, self.partition)
+            self._failed(error)  # a partition that stands still in silence would be worse than an end
         finally:
             self.stopped.set()
 
@@ -146,9 +164,16 @@ class Lane:
         handler = self._handler
         decode, function = handler.decoder.decode, handler.function
         plain = handler.uow_parameter is None and handler.envelope_parameter is None
+        turn_ends = time.perf_counter() + TURN_SECONDS
         for message in messages:
             if self._is_stopping:
                 return
+            if time.perf_counter() > turn_ends:  # handlers that never wait must not keep the loop to themselves
+                await asyncio.sleep(0)
+                turn_ends = time.perf_counter() + TURN_SECONDS
+            if message.value() is None and handler.topic.is_compacted:
+                self.frontier = _after(message)  # a tombstone: it says that there is no event any more
+                continue
             try:
                 envelope = decode(message.value())
             except Unknown:
@@ -166,7 +191,11 @@ class Lane:
                     self.frontier = _after(message)
                     continue
                 except Exception as error:
-                    first: Exception | None = error
+                    first: BaseException | None = error
+                except asyncio.CancelledError as error:
+                    if self._is_cancelled:
+                        raise
+                    first = error  # the handler's own: a failure like any other
             else:
                 first = None
             if not await self._until_handled(message, lambda e=envelope: self._call_async(e), first):  # type: ignore[misc]
@@ -204,30 +233,36 @@ class Lane:
             message = messages[start]
             if isinstance(trouble, Undecodable):
                 await self._dead_letter(message, str(trouble))
-            else:
+            elif isinstance(trouble, HandlerFailed):
                 envelope = self._handler.decoder.decode(message.value())
 
                 async def again(envelope: Envelope = envelope) -> None:
                     await loop.run_in_executor(self._executor, copy_context().run, self._call_sync, envelope)
 
-                if not await self._until_handled(message, again, trouble):
+                if not await self._until_handled(message, again, trouble.error):
                     return
                 self.frontier = _after(message)
             start += 1
 
-    def _handle_in_thread(self, messages: list[Message], start: int) -> tuple[int, Exception | None]:
+    def _handle_in_thread(self, messages: list[Message], start: int) -> tuple[int, Undecodable | HandlerFailed | None]:
         """How far it came, and what stopped it."""
         decode = self._handler.decoder.decode
         for i in range(start, len(messages)):
             if self._is_stopping:
                 return i, None
             message = messages[i]
-            try:
-                self._call_sync(decode(message.value()))
-            except Unknown:
-                pass
-            except Exception as error:
-                return i, error
+            if message.value() is not None or not self._handler.topic.is_compacted:
+                try:
+                    envelope = decode(message.value())
+                except Unknown:
+                    self.frontier = _after(message)
+                    continue
+                except Undecodable as error:
+                    return i, error
+                try:
+                    self._call_sync(envelope)
+                except Exception as error:
+                    return i, HandlerFailed(error)
             self.frontier = _after(message)
         return len(messages), None
 
@@ -251,7 +286,7 @@ class Lane:
     # Failures
 
     async def _until_handled(
-        self, message: Message, call: Callable[[], Awaitable[None]], error: Exception | None
+        self, message: Message, call: Callable[[], Awaitable[None]], error: BaseException | None
     ) -> bool:
         """Call until it succeeds; False when the lane is stopped before. `error` is that of a call already made."""
         attempts, pause = 0, FIRST_PAUSE_SECONDS
@@ -269,9 +304,13 @@ class Lane:
                     return True
                 except Exception as raised:
                     error = raised
+                except asyncio.CancelledError as raised:
+                    if self._is_cancelled:
+                        raise
+                    error = raised
             attempts += 1
             self.frontier = _after(message) - 1
-            self.waiting = Waiting(self.frontier, attempts, f"{type(error).__name__}: {error}"[:1000], since_ms)
+            self.waiting = Waiting(self.frontier, attempts, _said_by(error), since_ms)
             logger.warning(
                 "handler_failed handler=%s topic=%s partition=%d offset=%d attempt=%d next_try_seconds=%.1f error=%s",
                 self._handler.name, self._handler.topic.name, self.partition, message.offset(), attempts, pause,
@@ -301,3 +340,13 @@ class Lane:
 def _after(message: Message) -> int:
     """The offset behind the record."""
     return (message.offset() or 0) + 1
+
+
+def _said_by(error: BaseException) -> str:
+    """The error's own words, in a form that can be committed, logged and shown whatever they are."""
+    try:
+        words = str(error)
+    except Exception:
+        words = "(it can't be put in words)"
+    text = f"{type(error).__name__}: {words}"[:MAX_ERROR]
+    return text.encode("utf-8", "replace").decode().replace("\0", " ")

@@ -11,6 +11,14 @@ from headwater.event.envelope import Metadata, current_cause
 from headwater.event.topic import Topic
 from headwater.store.outbox import OutboxRow
 
+# Kafka's default max.message.bytes, less what a batch adds. It is checked before the commit, because a row of the outbox
+# that no broker takes would hold up all that come behind it.
+MAX_EVENT_BYTES = 1_000_000
+
+
+class TooLarge(ValueError):
+    """The event is larger than its topic takes."""
+
 
 class NoTopic(Exception):
     """The event's class is listed by no topic of the application, or by two."""
@@ -37,6 +45,9 @@ class Router:
                         f"{cls.__name__} is listed by {other.name} and by {topic.name}: it can have one topic only."
                     )
 
+    def lists(self, cls: type) -> bool:
+        return cls in self._by_class
+
     def topic_of(self, event: object) -> Topic:
         """Raises NoTopic."""
         topic = self._by_class.get(type(event))
@@ -50,7 +61,13 @@ class Router:
     def encode(self, event: object, metadata: Metadata | None = None) -> tuple[Topic, bytes, Encoded]:
         """The event's topic, its key and its bytes. Raises NoTopic, InvalidTopic."""
         topic = self.topic_of(event)
-        return topic, topic.key_of(event), encode(event, self.source, current_cause(), metadata)
+        encoded = encode(event, self.source, current_cause(), metadata)
+        if len(encoded.value) > MAX_EVENT_BYTES:
+            raise TooLarge(
+                f"this {encoded.event_type} has {len(encoded.value)} bytes: {topic.name} takes {MAX_EVENT_BYTES} at most. "
+                "Store what is large elsewhere, and put its place into the event."
+            )
+        return topic, topic.key_of(event), encoded
 
     def outbox_row(self, event: object) -> OutboxRow:
         topic, key, encoded = self.encode(event)

@@ -87,3 +87,13 @@ def delete_rows(connection: Connection, rows: Sequence[OutboxRow]) -> None:
 def waiting(connection: Connection) -> int:
     """How many rows are not published yet."""
     return int(connection.execute(select(func.count()).select_from(outbox)).scalar_one())
+
+
+def rows_older_than(connection: Connection, seconds: float) -> int:
+    """How many rows wait longer than that."""
+    if connection.dialect.name == "postgresql":
+        old = text("created_at < now() - make_interval(secs => :seconds)")
+    else:
+        old = text("created_at < datetime('now', '-' || :seconds || ' seconds')")
+    query = select(func.count()).select_from(outbox).where(old)
+    return int(connection.execute(query, {"seconds": seconds}).scalar_one())

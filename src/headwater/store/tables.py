@@ -8,6 +8,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     DateTime,
+    Engine,
     Integer,
     LargeBinary,
     MetaData,
@@ -15,9 +16,12 @@ from sqlalchemy import (
     Table,
     event,
     func,
+    text,
 )
 
 metadata = MetaData()
+
+CREATION_LOCK = 0x68656165
 
 outbox = Table(
     "headwater_outbox",
@@ -42,3 +46,11 @@ event.listen(
         dialect="postgresql"
     ),
 )
+
+
+def create_tables(engine: Engine) -> None:
+    """Those that are missing; several processes may start at once."""
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": CREATION_LOCK})
+        metadata.create_all(connection)

@@ -21,6 +21,10 @@ ToRow = Callable[[object], OutboxRow]
 """Finds the event's topic and key and puts it in its envelope; raises for an event that no topic lists."""
 
 
+class WrongSession(TypeError):
+    """The unit of work is used in another way than its session."""
+
+
 class UnitOfWork:
     """For async and sync sessions: enter it the way the session is."""
 
@@ -30,30 +34,39 @@ class UnitOfWork:
         self._to_row = to_row
         self._committed = committed
         self._rows: list[OutboxRow] = []
+        self._is_over = False
 
     @property
     def async_session(self) -> AsyncSession:
-        assert isinstance(self.session, AsyncSession), "this unit of work has a sync session: use `session`"
+        """Raises WrongSession."""
+        if not isinstance(self.session, AsyncSession):
+            raise WrongSession("this unit of work has a sync session: use `with` and `sync_session`.")
         return self.session
 
     @property
     def sync_session(self) -> Session:
-        assert isinstance(self.session, Session), "this unit of work has an async session: use `async_session`"
+        """Raises WrongSession."""
+        if not isinstance(self.session, Session):
+            raise WrongSession("this unit of work has an async session: use `async with` and `async_session`.")
         return self.session
 
     def publish(self, event: object) -> str:
         """The event goes to its topic if this unit of work commits; its event id."""
+        if self._is_over:
+            raise WrongSession("this unit of work is over: what is published now would never be sent.")
         row = self._to_row(event)
         self._rows.append(row)
         return row.event_id
 
     async def __aenter__(self) -> Self:
+        _ = self.async_session
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         session = self.async_session
+        self._is_over = True
         if error is not None:
             await session.rollback()
             return
@@ -68,12 +81,14 @@ class UnitOfWork:
             self._committed()
 
     def __enter__(self) -> Self:
+        _ = self.sync_session
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         session = self.sync_session
+        self._is_over = True
         if error is not None:
             session.rollback()
             return
