@@ -103,7 +103,7 @@ class App:
         return register
 
     def on_start(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
-        """Awaited before anything is handled or served: tables, caches."""
+        """Awaited before anything is handled or served, when publishing works already: tables, caches."""
         self._before.append(function)
         return function
 
@@ -188,13 +188,13 @@ class App:
         await loop.run_in_executor(None, self._create_topics)
         if self.database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
-        for function in self._before:
-            await function()
         self._producer = KafkaProducer(self.settings, self._profile, self._producer_failed)
         self._loop_producer = LoopProducer(self._producer, loop)
         if self.database is not None:
             self._relay = Relay(self.database, self.settings)
             self._relay.start()
+        for function in self._before:
+            await function()
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()

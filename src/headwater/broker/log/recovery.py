@@ -158,7 +158,7 @@ def _whole_batches(segment: Segment, recovery_point: int) -> Iterator[BatchPosit
             chunk, start, at = segment.file.read(position, RECOVERY_SCAN_BYTES), position, 0
         header = read_header(chunk, at)
         size = header.size_bytes
-        if header.magic != 2 or size < HEADER_SIZE or header.base_offset < expected or header.last_offset_delta < 0:
+        if header.magic != 2 or size < HEADER_SIZE or header.base_offset != expected or header.last_offset_delta < 0:
             return
         if header.last_offset >= recovery_point:
             if at + size > len(chunk):

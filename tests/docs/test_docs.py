@@ -1,0 +1,113 @@
+"""The documentation is true: its programs run, its tables are those of the code, its proofs exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headwater.broker.broker_config import OWN_KEYS
+from headwater.broker.dispatch import APIS
+from headwater.broker.topic_config import TOPIC_KEYS
+from headwater.settings import KNOWN
+from tests.kit.clients import wait_until
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run_up(folder: Path, apps: list[str], expected: list[str]) -> None:
+    """`headwater up` with the applications, until their output shows what is expected."""
+    command = [sys.executable, "-m", "headwater", "up", "--data", str(folder / "d"), "--port", "0"]
+    for app in apps:
+        command += ["--app", app]
+    printed = folder / "out"
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    with printed.open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, env=environment)
+    try:
+        wait_until(lambda: all(text in printed.read_text() for text in expected), f"{expected} in its output")
+    except AssertionError:
+        print(printed.read_text())
+        raise
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.server
+def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
+    """Copied from the page, started by the page's command."""
+    (tmp_path / "hello.py").write_text(blocks("README.md", "python")[0])
+
+    run_up(tmp_path, ["hello:app"], ["order o-1: 19.99"])
+
+
+@pytest.mark.server
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    """Its three files, its command, its greetings."""
+    events, writer, reader = blocks("docs/tutorial.md", "python")
+    for name, content in (("shop_events", events), ("writer", writer), ("reader", reader)):
+        (tmp_path / f"{name}.py").write_text(content)
+
+    run_up(tmp_path, ["writer:app", "reader:app"], [f"hello ada, your order o-{number} is in" for number in range(3)])
+
+
+def test_the_apis_of_the_compatibility_page_are_those_of_the_broker() -> None:
+    """Key, name and versions, all of them."""
+    rows = re.findall(
+        r"^\| (\d+) \| (\w+) \| (\d+)(?:-(\d+))?", (ROOT / "docs/compatibility.md").read_text(), re.MULTILINE
+    )
+
+    assert [(int(k), n, int(a), int(b or a)) for k, n, a, b in rows] == [
+        (api.key, api.name, api.first_version, api.last_version) for api in APIS.values()
+    ]
+
+
+def test_every_config_and_setting_is_documented() -> None:
+    """... and nothing that isn't there."""
+    page = (ROOT / "docs/reference/broker.md").read_text()
+    documented = set(re.findall(r"^\| `([a-z0-9.]+)` \|", page, re.MULTILINE))
+
+    assert documented >= {key.name for key in OWN_KEYS} | set(TOPIC_KEYS)
+    assert {name for name in documented if "." in name} <= {key.name for key in OWN_KEYS} | set(TOPIC_KEYS) | {
+        "meta.properties"
+    }
+    settings = (ROOT / "docs/reference/settings.md").read_text()
+    for name in KNOWN:
+        assert f"`HEADWATER_{name}`" in settings
+
+
+@pytest.mark.parametrize("page", ["docs/guarantees.md", "docs/requirements.md"])
+def test_every_proof_exists(page: str) -> None:
+    """A promise without a test is no promise."""
+    proofs = re.findall(r"`((?:tests|examples)/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text())
+
+    assert len(proofs) > 10
+    for path, name in proofs:
+        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_every_requirement_is_named_by_its_test() -> None:
+    """The row's id stands in the docstring of the test that shows it."""
+    rows = re.findall(
+        r"^\| (S[\d.-]+) \| .*? \| `((?:tests|examples)/[\w/]+\.py)::",
+        (ROOT / "docs/requirements.md").read_text(),
+        re.MULTILINE,
+    )
+
+    for row, path in rows:
+        assert row in (ROOT / path).read_text(), f"{path} does not name {row}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """Links inside the project."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,150 @@
+"""`make mutants`: each promise is broken in one line, and the test that proves it must fail.
+
+A mutant that survives means a promise without a proof. Each runs in a copy of the tree.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import Progress
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 240
+
+
+class Mutant(NamedTuple):
+    promise: str
+    path: str
+    old: str
+    new: str
+    test: str
+
+
+LOG = "src/headwater/broker/log/"
+BROKER = "src/headwater/broker/"
+RUNTIME = "src/headwater/runtime/"
+STORE = "src/headwater/store/"
+POWER_CUT = "tests/log/test_power_cut.py::test_nothing_acknowledged_is_missing_after_a_power_cut"
+
+MUTANTS = [
+    Mutant("acknowledged means synced", LOG + "flush.py", "        file.sync()", "        pass", POWER_CUT),
+    Mutant("the answer waits for the sync", BROKER + "partition.py",
+           "return not self.config.syncs_every_batch or self.log.recovery_point >= end_offset", "return True", POWER_CUT),
+    Mutant("a rolled segment's name is synced", LOG + "partition_log.py",
+           "        self._unsynced_names = True\n\n    def write_snapshot", "\n    def write_snapshot", POWER_CUT),
+    Mutant("nobody reads what is not synced", BROKER + "partition.py",
+           "        if config.flush_messages == 1:\n            self._flusher.mark_dirty(log)",
+           "        if config.flush_messages == 1:\n            self._flusher.mark_dirty(log)\n            self._raise_high_watermark(log.end)",
+           POWER_CUT),
+    Mutant("a torn tail is cut", LOG + "recovery.py", "            if not is_intact(chunk, at, header):\n                return", "",
+           "tests/log/test_recovery.py"),
+    Mutant("what a crash left is synced before it counts", BROKER + "node.py",
+           "            if config.syncs_every_batch and log.is_dirty:", "            if False:", "tests/log/test_recovery.py"),
+    Mutant("the leader epoch rises at an unclean start", LOG + "log_directory.py",
+           "log.begin_epoch(log.epochs.latest + 1)", "pass",
+           "tests/log/test_power_cut.py::test_the_leader_epoch_rises_at_an_unclean_start"),
+    Mutant("a failed sync ends the process", LOG + "flush.py", "            die(error)\n        self._mean", "            pass\n        self._mean",
+           "tests/log/test_power_cut.py::test_a_failed_sync_ends_the_process"),
+    Mutant("a full disk is told, and passes", BROKER + "node.py", "FULL = (errno.ENOSPC, ", "FULL = (",
+           "tests/log/test_power_cut.py::test_a_full_disk_refuses_produce_and_loses_nothing"),
+    Mutant("a retry is not appended again", LOG + "producer_state.py",
+           "            if batch.first_sequence == header.base_sequence and batch.last_sequence == header.last_sequence:",
+           "            if False:", "tests/log/test_recovery.py"),
+    Mutant("a damaged batch is refused", BROKER + "wire/record_batch.py",
+           "    if crc32c(buffer[ATTRIBUTES_START:]) != header.crc:", "    if False:",
+           "tests/broker/test_bad_input.py::test_a_bad_batch_gets_kafkas_code_and_the_next_one_is_taken"),
+    Mutant("a bad frame closes its connection", BROKER + "connection.py",
+           '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)\n            self.close()',
+           '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)',
+           "tests/broker/test_bad_input.py::test_a_frame_that_breaks_the_protocol_closes_its_connection_only"),
+    Mutant("clients that don't read bound the memory", BROKER + "connection.py",
+           "        self._writing_paused = True\n", "        self._writing_paused = False\n",
+           "tests/broker/test_bad_input.py::test_a_client_that_does_not_read_bounds_the_brokers_memory"),
+    Mutant("index entries are Kafka's", LOG + "segment.py",
+           "            self.offset_index.add(last_offset - self.base_offset, position)",
+           "            self.offset_index.add(header.base_offset - self.base_offset, position)",
+           "tests/log/test_dump.py::test_segments_and_indexes_pass_deep_iteration"),
+    Mutant("retention removes nothing younger", LOG + "retention.py", "now_ms - timestamp <= config.retention_ms",
+           "now_ms - timestamp <= config.retention_ms / 2",
+           "tests/conformance/test_admin.py::test_retention_of_seven_days_on_the_embedded_broker"),
+    Mutant("groups survive a restart", BROKER + "group/classic.py", "        self.state = STABLE if self.members else EMPTY\n",
+           "        self.members.clear()\n        self.state = EMPTY\n",
+           "tests/conformance/test_admin.py::test_a_group_survives_a_restart_of_the_broker"),
+    Mutant("keys go where every client puts them", "src/headwater/kafka/producer.py", '"murmur2_random"', '"consistent_random"',
+           "tests/conformance/test_admin.py::test_a_key_lands_where_every_kafka_client_puts_it[embedded]"),
+    Mutant("a failing event is not skipped", RUNTIME + "lane.py",
+           "            self.frontier = _after(message) - 1\n            self.waiting",
+           "            self.frontier = _after(message) - 1\n            return True\n            self.waiting",
+           "tests/runtime/test_app.py::test_a_handler_that_raises_holds_its_partition_and_says_so[embedded]"),
+    Mutant("a commit never passes an unsettled event", RUNTIME + "lane.py",
+           "        turn_ends = time.perf_counter() + TURN_SECONDS\n        for message in messages:",
+           "        turn_ends = time.perf_counter() + TURN_SECONDS\n        self.frontier = _after(messages[-1])\n        for message in messages:",
+           "tests/runtime/test_app.py::test_each_handler_is_a_group_of_its_own[embedded]"),
+    Mutant("what can't be decoded is set aside", RUNTIME + "app.py",
+           "            handler.dead_topic, message.key(), message.value(), headers,", '            handler.dead_topic, message.key(), b"", headers,',
+           "tests/runtime/test_app.py::test_an_undecodable_event_is_set_aside_and_stops_nothing[embedded]"),
+    Mutant("correlation is carried", RUNTIME + "lane.py",
+           "            set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))\n            if plain:",
+           "            if plain:", "tests/runtime/test_app.py::test_correlation_is_carried_and_causation_is_the_event_before[embedded]"),
+    Mutant("rolled back means not published", STORE + "unit_of_work.py",
+           "        if error is not None:\n            await session.rollback()\n            return",
+           "        if error is not None and not self._rows:\n            await session.rollback()\n            return",
+           "tests/store/test_outbox.py::test_an_event_is_published_if_and_only_if_its_transaction_commits"),
+    Mutant("commits that overtake keep their order", STORE + "outbox.py",
+           '        query = query.where(text("xact_id < pg_snapshot_xmin(pg_current_snapshot())"))', "        pass",
+           "tests/store/test_outbox.py::test_commits_that_overtake_each_other_are_published_in_order"),
+    Mutant("one relay at a time", RUNTIME + "relay.py", "            if self._lead(connection):", "            if True:",
+           "tests/store/test_outbox.py::test_two_relays_take_turns"),
+    Mutant("an assigned partition is always resumed", RUNTIME + "consumer_thread.py",
+           "            self._paused.add(place.partition)", "            pass", "tests/runtime/test_rebalance.py"),
+]  # fmt: skip
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the test still passes. Raises ValueError for a mutant that doesn't fit the code any more."""
+    source = (ROOT / mutant.path).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.path} has the line of {mutant.promise!r} {source.count(mutant.old)} times, not once")
+    with tempfile.TemporaryDirectory(prefix="headwater-mutant-") as folder:
+        copy = Path(folder)
+        for name in ("src", "tests", "examples"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / mutant.path).write_text(source.replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--timeout", "100", mutant.test]
+        environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}:{copy}", "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+        if done.returncode in (2, 4, 5):  # interrupted, or no such test
+            raise ValueError(f"{mutant.test} could not be run: {done.stdout.decode()[-500:]}")
+        return done.returncode == 0
+
+
+def main() -> None:
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.promise for word in sys.argv[1:])]
+    console = Console()
+    alive = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("mutants", total=len(chosen))
+        for mutant in chosen:
+            survived = survives(mutant)
+            console.print(
+                f"{'[red]survived[/]' if survived else 'killed  '} {mutant.promise}  ({mutant.test})", highlight=False
+            )
+            if survived:
+                alive.append(mutant)
+            progress.advance(task)
+    console.print(f"{len(chosen) - len(alive)} of {len(chosen)} killed", highlight=False)
+    sys.exit(1 if alive else 0)
+
+
+if __name__ == "__main__":
+    main()
