@@ -384,6 +384,7 @@ def test_a_group_survives_a_restart_of_the_broker(broker: BrokerProcess, unique:
             "group.id": unique,
             "auto.offset.reset": "earliest",
             "reconnect.backoff.max.ms": 300,
+            "heartbeat.interval.ms": 300,
         }
     )
     consumer.subscribe([unique], on_assign=lambda _, p: moves.append(len(p)))
@@ -397,6 +398,8 @@ def test_a_group_survives_a_restart_of_the_broker(broker: BrokerProcess, unique:
         lambda: got.extend(m for m in consumer.consume(10, 0.1) if not m.error()) or len(got) >= 8, "the rest", 60
     )
 
+    for _ in range(20):  # six heartbeats and more: a member that is not known would be told so
+        consumer.poll(0.1)
     assert moves == [1]
     consumer.close()
     assert again.stop() == 0

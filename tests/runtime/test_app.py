@@ -95,6 +95,44 @@ def test_a_restart_goes_on_at_the_frontier(engine: Engine, unique: str) -> None:
     assert seen == list(range(150))
 
 
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_commit_never_passes_an_event_that_is_at_work(engine: Engine, unique: str, kind: str) -> None:
+    """S004.8: while an event is being handled, neither it nor what is behind it is committed. (both engines)"""
+    topic = topic_for(unique, 1)
+    app = App(unique, settings=settings_for(engine))
+    begun, go_on = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    if kind == "async":
+
+        @app.handler(topic, group=unique)
+        async def handle(event: Placed) -> None:
+            if event.number == 3:
+                begun.set()
+                while not go_on.is_set():
+                    await asyncio.sleep(0.01)
+            seen.append(event.number)
+    else:
+
+        @app.handler(topic, group=unique)
+        def handle_sync(event: Placed) -> None:
+            if event.number == 3:
+                begun.set()
+                go_on.wait(30)
+            seen.append(event.number)
+
+    publish_all(engine, topic, [Placed("o", i) for i in range(10)])
+    admin = KafkaAdmin(settings_for(engine))
+    with Running(app):
+        assert begun.wait(30)
+        wait_until(lambda: (unique, 0) in admin.committed(unique), "a commit")
+        assert admin.committed(unique)[unique, 0].offset == 3
+        go_on.set()
+        wait_until(lambda: admin.committed(unique)[unique, 0].offset == 10, "the rest")
+
+    assert seen == list(range(10))
+
+
 def test_a_handler_that_raises_holds_its_partition_and_says_so(engine: Engine, unique: str) -> None:
     """Nothing is skipped: the event is tried again, the others of its partition wait, `groups describe` says why."""
     topic = topic_for(unique, 2)

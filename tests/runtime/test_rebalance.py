@@ -7,6 +7,7 @@ import pytest
 
 from headwater import App, Event, Topic
 from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.consumer import KafkaConsumer, TopicPartition
 from headwater.runtime import consumer_thread
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
@@ -27,6 +28,14 @@ def test_a_partition_that_was_paused_is_resumed_after_a_rebalance(
     monkeypatch.setattr(consumer_thread, "BATCH", 20)
     topic = Topic(unique, key="key", events=[Counted], partitions=2)
     seen: set[int] = set()
+    paused: set[int] = set()
+    pause = KafkaConsumer.pause
+
+    def remember(consumer: KafkaConsumer, partitions: list[TopicPartition]) -> None:
+        paused.update(place.partition for place in partitions)
+        pause(consumer, partitions)
+
+    monkeypatch.setattr(KafkaConsumer, "pause", remember)
     slow = threading.Event()
     slow.set()
 
@@ -36,7 +45,7 @@ def test_a_partition_that_was_paused_is_resumed_after_a_rebalance(
         @app.handler(topic, group=unique)
         async def handle(event: Counted) -> None:
             if slow.is_set():
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.3)
             seen.add(event.number)
 
         return app
@@ -50,11 +59,12 @@ def test_a_partition_that_was_paused_is_resumed_after_a_rebalance(
     asyncio.run(publish())
     admin = KafkaAdmin(settings_for(embedded))
     with Running(make()):
-        wait_until(lambda: len(seen) > 60, "some events, with full buffers")
+        wait_until(lambda: paused == {0, 1}, "both partitions to be paused")
         with Running(make()):
             wait_until(lambda: len(admin.describe_group(unique).members) == 2, "a second member")
             wait_until(
                 lambda: all(member.partitions for member in admin.describe_group(unique).members), "its partition"
             )
+        wait_until(lambda: len(admin.describe_group(unique).members) == 1, "the second member to leave")
         slow.clear()
         wait_until(lambda: len(seen) == 2000, "all events", 60)

@@ -125,6 +125,7 @@ def _decode_flexible(frame: memoryview, version: int, position: int) -> ProduceR
             partitions.append(PartitionRecords(index, records))
         position = skip_tags(frame, position)
         topics.append(TopicRecords(name or "", partitions))
+    skip_tags(frame, position)
     return ProduceRequest(transactional_id, acks, timeout_ms, topics)
 
 
