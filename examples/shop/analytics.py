@@ -26,7 +26,6 @@ days = Table(
 
 @app.on_start
 async def create_tables() -> None:
-    assert app.database is not None
     metadata.create_all(app.database.engine)
 
 

@@ -28,7 +28,6 @@ STOCK_PER_SKU = int(os.environ.get("SHOP_STOCK_PER_SKU", "1000000"))
 
 @app.on_start
 async def create_tables() -> None:
-    assert app.database is not None
     async with app.database.async_engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
 

@@ -19,7 +19,6 @@ effects = Table(
 
 @app.on_start
 async def create_tables() -> None:
-    assert app.database is not None
     metadata.create_all(app.database.engine)
 
 

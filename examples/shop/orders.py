@@ -14,7 +14,7 @@ import msgspec
 from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select
 from sqlalchemy.exc import IntegrityError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -56,13 +56,8 @@ class PlaceOrder(msgspec.Struct, frozen=True, rename="camel", forbid_unknown_fie
 
 @app.on_start
 async def create_tables() -> None:
-    async with _database().async_engine.begin() as connection:
+    async with app.database.async_engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
-
-
-def _database() -> Any:
-    assert app.database is not None, "the order service needs a database: set HEADWATER_DATABASE_URL"
-    return app.database
 
 
 async def is_high_risk(order: PlaceOrder) -> bool:
@@ -74,6 +69,8 @@ async def is_high_risk(order: PlaceOrder) -> bool:
 async def place_order(request: Request) -> Response:
     try:
         order = msgspec.json.decode(await request.body(), type=PlaceOrder)
+    except ClientDisconnect:
+        return Response(status_code=400)  # nobody is there to read it
     except msgspec.MsgspecError as error:
         return JSONResponse({"rejected": f"the order can't be read: {error}"}, 422)
     if not order.order_id or not order.customer_id or order.quantity < 1 or order.amount_cents < 0:
@@ -83,7 +80,7 @@ async def place_order(request: Request) -> Response:
     payment = await payments.authorize(order.payment_token, order.amount_cents, order.order_id)
     if not payment.is_successful:
         return JSONResponse({"rejected": payment.decline_reason}, 402)
-    async with _database().async_sessions() as session:
+    async with app.database.async_sessions() as session:
         known = await session.scalar(select(order_table.c.order_id).where(order_table.c.order_id == order.order_id))
         if known is None:
             with suppress(IntegrityError):  # the same order, sent twice at once: the other one is it
@@ -120,7 +117,7 @@ async def _save(session: Any, order: PlaceOrder, authorization_id: str) -> None:
 
 
 async def get_order(request: Request) -> Response:
-    async with _database().async_sessions() as session:
+    async with app.database.async_sessions() as session:
         row = (
             await session.execute(select(order_table).where(order_table.c.order_id == request.path_params["order_id"]))
         ).first()

@@ -20,7 +20,6 @@ effects = Table(
 
 @app.on_start
 async def create_tables() -> None:
-    assert app.database is not None
     async with app.database.async_engine.begin() as connection:
         await connection.run_sync(metadata.create_all)
 

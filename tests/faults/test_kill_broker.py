@@ -82,7 +82,7 @@ def read_all(servers: str, topic: str, partitions: int) -> dict[tuple[int, int],
             or len(found) >= sum(ends.values())
         ),
         "all records",
-        60,
+        60 + sum(ends.values()) / 10_000,
     )
     consumer.close()
     return found

@@ -46,7 +46,6 @@ def test_an_event_is_published_if_and_only_if_its_transaction_commits(
     app, _ = make_app(embedded, database_url, unique)
 
     async def main() -> None:
-        assert app.database is not None
         async with app.lifespan():
             for number in range(20):
                 try:
@@ -80,7 +79,6 @@ def test_commits_that_overtake_each_other_are_published_in_order(
 
     assert isinstance(postgres, Postgres)
     app, _ = make_app(embedded, postgres.url, unique)
-    assert app.database is not None
     database: Database = app.database
     tables.metadata.drop_all(database.engine)
     tables.metadata.create_all(database.engine)
@@ -116,7 +114,6 @@ def test_many_writers_keep_the_order_of_each_aggregate(embedded: Engine, databas
                 uow.publish(Changed(account, number))
 
     async def main() -> None:
-        assert app.database is not None
         async with app.lifespan():
             threads = [threading.Thread(target=write, args=(f"a{i}", app.database.sessions)) for i in range(writers)]
             for thread in threads:
@@ -142,7 +139,6 @@ def test_two_relays_take_turns(embedded: Engine, database_url: str, unique: str)
     second, _ = make_app(embedded, database_url, unique)
 
     async def publish(app: App, numbers: range) -> None:
-        assert app.database is not None
         for number in numbers:
             async with app.database.async_sessions() as session, app.unit_of_work(session) as uow:
                 uow.publish(Changed("a", number))
@@ -153,7 +149,6 @@ def test_two_relays_take_turns(embedded: Engine, database_url: str, unique: str)
                 await publish(first, range(20))
                 await publish(second, range(20, 40))
             await publish(second, range(40, 60))
-            assert second.database is not None
             with second.database.engine.connect() as connection:
                 deadline = time.monotonic() + 20
                 while waiting(connection):
@@ -175,7 +170,6 @@ def test_the_relay_waits_for_a_broker_that_is_away(tmp_path: Path, broker: objec
     app, _ = make_app(engine, f"sqlite:///{tmp_path / 'x.db'}", unique)
 
     async def main() -> None:
-        assert app.database is not None
         async with app.lifespan():
             broker.kill()
             for number in range(10):
@@ -254,7 +248,6 @@ def test_kill_9_of_writer_and_relay_loses_nothing_that_was_committed(
     app, _ = make_app(embedded, database_url, unique)
 
     async def drain() -> None:
-        assert app.database is not None
         async with app.lifespan():
             with app.database.engine.connect() as connection:
                 while waiting(connection):

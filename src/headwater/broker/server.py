@@ -92,7 +92,7 @@ class Broker:
             listener.close()
             raise CannotListen(
                 f"can't listen on {options.host}:{options.port}: {os.strerror(error.errno or 0).lower()}.\n"
-                "  Stop what uses the port, or choose another with --listen HOST:PORT (port 0 takes a free one)."
+                "  Stop what uses the port, or choose another with --listen HOST:PORT (`headwater up`: --port); 0 is a free one."
             ) from error
         listener.setblocking(False)
         return listener

@@ -1,7 +1,10 @@
 """All commands, by group."""
 
+from typing import Annotated
+
 import typer
 
+from headwater import __version__
 from headwater.cli import consume, groups, produce, run, topics, up
 from headwater.cli.broker import parser
 
@@ -10,6 +13,23 @@ app = typer.Typer(
     help="Headwater: the event backbone for Python teams.",
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: show_version(wanted))
+    ] = False,
+) -> None:
+    """Headwater: the event backbone for Python teams."""
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"headwater {__version__}")
+        raise typer.Exit
+
+
 app.add_typer(up.app, name="up")
 app.command("run")(run.run)
 app.add_typer(topics.app, name="topics")

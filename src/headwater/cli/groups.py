@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich.text import Text
 
 from headwater.cli.output import (
     DEFAULT_SERVERS,
@@ -134,7 +135,8 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
         )
         for row in rows:
             if row.waiting:
-                console.print(f"[red]waits[/] {row.topic}-{row.partition}: {row.waiting}", highlight=False)
+                line = Text.assemble(("waits", "red"), f" {row.topic}-{row.partition}: {row.waiting}")
+                console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -171,6 +173,12 @@ def reset(
             (place[0], place[1], committed.get(place), clamped[place], ends[place] - clamped[place]) for place in places
         ]
         show_rows(("topic", "partition", "from", "to", "lag"), rows, json, numbers=("partition", "from", "to", "lag"))
+        for place, offset in targets.items():
+            if offset != clamped[place] and not json:
+                console.print(
+                    f"{place[0]}-{place[1]} has {starts[place]} to {ends[place]}: {offset} became {clamped[place]}",
+                    highlight=False,
+                )
         if not json:
             console.print(
                 "done" if execute else "dry run: nothing was changed. Add --execute to do it.", highlight=False

@@ -53,6 +53,9 @@ def explained(command: str) -> Iterator[None]:
         _say(command, str(error))
     except KafkaException as error:
         _say(command, f"Kafka's client refuses: {error.args[0].str() if error.args else error}")
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
     except (OSError, ValueError) as error:
         _say(command, f"{type(error).__name__}: {error}")
 

@@ -83,7 +83,9 @@ class Supervised:
             started = time.monotonic()
             code = await self._run_once()
             if not self.wanted:
-                say(self.name, stopped_with_code=code)
+                say(self.name, state="stopped", code=code) if code not in (0, -signal.SIGTERM) else say(
+                    self.name, state="stopped"
+                )
                 continue
             if self.name == BROKER and not self.address:
                 self.first_code = code
@@ -91,7 +93,7 @@ class Supervised:
                 return
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            say(self.name, ended_with_code=code, starts_again_in_seconds=pause)
+            say(self.name, state="ended", code=code, starts_again_in=f"{pause:.0f} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
@@ -148,6 +150,7 @@ class Supervised:
         return {
             "name": self.name,
             "running": self.process is not None,
+            "state": "running" if self.process is not None else "starts again soon" if self.wanted else "stopped",
             "pid": self.process.pid if self.process is not None else None,
             "address": self.address or None,
         }
@@ -167,10 +170,10 @@ def up(
     json: Json = False,
 ) -> None:
     """Start everything and keep it running until SIGTERM or Ctrl-C."""
+    Speech.as_json = json
     if context.invoked_subcommand is not None:
         context.obj = data
         return
-    Speech.as_json = json
     with explained("up"):
         data.mkdir(parents=True, exist_ok=True)
         code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, application or []))
@@ -237,6 +240,10 @@ async def _listen(data: Path, everyone: list[Supervised]) -> asyncio.Server:
             path.unlink()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):  # whoever asked has gone
+            await answer_one(reader, writer)
+
+    async def answer_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         action, _, name = (await reader.readline()).decode().strip().partition(" ")
         found = next((each for each in everyone if each.name == name), None)
         if action in ("stop", "start") and found is None:
@@ -281,7 +288,7 @@ def stop(context: typer.Context, name: str, json: Json = False) -> None:
     """Stop one process, and keep it stopped."""
     with explained("up stop"):
         answer = asyncio.run(_ask(context.obj, f"stop {name}"))
-        show_json(answer) if json else console.print(f"stopped {name}", highlight=False)
+        show_json(answer) if json or Speech.as_json else console.print(f"stopped {name}", highlight=False)
 
 
 @app.command()
@@ -289,7 +296,7 @@ def start(context: typer.Context, name: str, json: Json = False) -> None:
     """Start one process again."""
     with explained("up start"):
         answer = asyncio.run(_ask(context.obj, f"start {name}"))
-        show_json(answer) if json else console.print(f"started {name}", highlight=False)
+        show_json(answer) if json or Speech.as_json else console.print(f"started {name}", highlight=False)
 
 
 @app.command()
@@ -297,11 +304,12 @@ def status(context: typer.Context, json: Json = False) -> None:
     """What runs, where."""
     with explained("up status"):
         answer = asyncio.run(_ask(context.obj, "status"))
-        if json:
+        if json or Speech.as_json:
             show_json(answer)
             return
         processes = answer["processes"]
         assert isinstance(processes, list)
         for each in processes:
-            state = f"pid {each['pid']}" if each["running"] else "stopped"
-            console.print(f"{each['name']}: {each['address'] or ''} {state}", highlight=False)
+            address = f"{each['address']}, " if each["address"] else ""
+            pid = f", pid {each['pid']}" if each["pid"] else ""
+            console.print(f"{each['name']}: {address}{each['state']}{pid}", highlight=False)

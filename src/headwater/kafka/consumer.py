@@ -13,6 +13,7 @@ import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
 
 from headwater.kafka.client_config import for_consumer
+from headwater.kafka.client_config import logger as client_logger
 from headwater.kafka.producer import Headers
 from headwater.settings import Settings
 
@@ -60,7 +61,7 @@ class KafkaConsumer:
     def __init__(self, settings: Settings, group: str) -> None:
         config = consumer_config(settings, group)
         self._group = group
-        self._consumer = confluent_kafka.Consumer({**config, "on_commit": self._answered})
+        self._consumer = confluent_kafka.Consumer({**config, "on_commit": self._answered}, logger=client_logger)
         self.commits_under_way = 0
         self.on_refused: Rebalance = lambda places: None
         """Told of commits that were refused."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import confluent_kafka
 
 from headwater.kafka.client_config import for_producer
+from headwater.kafka.client_config import logger as client_logger
 from headwater.settings import Settings
 
 Headers = list[tuple[str, str | bytes | None]]
@@ -89,7 +90,9 @@ class KafkaProducer:
         profile: Profile = Profile.LATENCY,
         on_fatal: "Callable[[NotPublished], None]" = lambda error: None,
     ) -> None:
-        self._producer = confluent_kafka.Producer({**producer_config(settings, profile), "error_cb": self._error})
+        self._producer = confluent_kafka.Producer(
+            {**producer_config(settings, profile), "error_cb": self._error}, logger=client_logger
+        )
         self._on_fatal = on_fatal
         self._fatal: NotPublished | None = None
         self._stopping = threading.Event()

@@ -70,7 +70,7 @@ class App:
         self.settings = settings or from_environment(os.environ)
         if database is None and self.settings.database_url is not None:
             database = Database(self.settings.database_url)
-        self.database = database
+        self._database = database
         self.handlers: list[Handler] = []
         self._profile = profile
         self._router = Router(name)
@@ -82,6 +82,15 @@ class App:
         self._users = 0
         self._failed: Callable[[Exception], None] | None = None
         self._before: list[Callable[[], Awaitable[None]]] = []
+
+    @property
+    def database(self) -> Database:
+        """Raises CannotStart when there is none."""
+        if self._database is None:
+            raise CannotStart(
+                f"{self.name} needs a database: set HEADWATER_DATABASE_URL, as in sqlite:///{self.name}.db."
+            )
+        return self._database
 
     @property
     def topics(self) -> list[Topic]:
@@ -129,15 +138,12 @@ class App:
 
     def unit_of_work(self, session: AsyncSession | Session | None = None) -> UnitOfWork:
         """On the caller's own session, or on a new async one of this application's database."""
-        if self.database is None:
-            raise CannotStart(f"{self.name} has no database that its relay could read: set HEADWATER_DATABASE_URL.")
+        database = self.database  # whose outbox the relay reads
         if session is None:
-            session = self.database.async_sessions()
+            session = database.async_sessions()
         return UnitOfWork(session, self._router.outbox_row, self._wake_relay)
 
     def sync_unit_of_work(self) -> UnitOfWork:
-        if self.database is None:
-            raise CannotStart(f"{self.name} has no database that its relay could read: set HEADWATER_DATABASE_URL.")
         return UnitOfWork(self.database.sessions(), self._router.outbox_row, self._wake_relay)
 
     async def release(self, uow: UnitOfWork) -> None:
@@ -186,11 +192,11 @@ class App:
         loop = asyncio.get_running_loop()
         self._check_handlers()
         await loop.run_in_executor(None, self._create_topics)
-        if self.database is not None:
+        if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
         self._producer = KafkaProducer(self.settings, self._profile, self._producer_failed)
         self._loop_producer = LoopProducer(self._producer, loop)
-        if self.database is not None:
+        if self._database is not None:
             self._relay = Relay(self.database, self.settings)
             self._relay.start()
         for function in self._before:
@@ -204,13 +210,13 @@ class App:
         if self._producer is not None:
             await loop.run_in_executor(None, self._producer.close)
             self._producer = self._loop_producer = None
-        if self.database is not None:
+        if self._database is not None:
             await self.database.close()
 
     def _check_handlers(self) -> None:
         """What can be known to go wrong. Raises InvalidHandler."""
         for handler in self.handlers:
-            if handler.uow_parameter is not None and self.database is None:
+            if handler.uow_parameter is not None and self._database is None:
                 raise InvalidHandler(
                     f"the handler {handler.name} takes a UnitOfWork, but there is no database: set HEADWATER_DATABASE_URL."
                 )
