@@ -4,6 +4,7 @@ One event loop owns all state. Nothing is printed before the broker answers; the
 """
 
 import asyncio
+import errno
 import functools
 import json
 import logging
@@ -90,6 +91,11 @@ class Broker:
             listener.listen(BACKLOG)
         except OSError as error:
             listener.close()
+            if error.errno != errno.EADDRINUSE:
+                raise CannotListen(
+                    f"can't listen on {options.host}:{options.port}: {error.strerror or error}.\n"
+                    "  --listen takes an address of this machine: 127.0.0.1:9092, or 0.0.0.0:9092 for all of them."
+                ) from error
             raise CannotListen(
                 f"can't listen on {options.host}:{options.port}: {os.strerror(error.errno or 0).lower()}.\n"
                 "  Stop what uses the port, or choose another with --listen HOST:PORT (`headwater up`: --port); 0 is a free one."

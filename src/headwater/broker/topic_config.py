@@ -65,6 +65,10 @@ class ConfigKey(NamedTuple):
                 raise InvalidConfig(
                     f"Invalid value {item} for configuration {self.name}: it must be one of {', '.join(self.choices)}"
                 )
+            if self.low is not None and self.low == self.high and item != self.low:
+                raise InvalidConfig(
+                    f"Invalid value {item} for configuration {self.name}: this broker has only {self.low:.0f}"
+                )
             if self.low is not None and isinstance(item, int | float) and item < self.low:
                 raise InvalidConfig(
                     f"Invalid value {item} for configuration {self.name}: it must be at least {self.low:.0f}"

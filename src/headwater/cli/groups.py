@@ -124,7 +124,7 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
             )
             return
         console.print(
-            f"[bold]{group}[/]  {described.state.lower()}, {len(described.members)} members, "
+            f"[bold]{group}[/]  {described.state.lower()}, members {len(described.members)}, "
             f"lag {sum(row.lag or 0 for row in rows)}",
             highlight=False,
         )

@@ -61,7 +61,7 @@ def produce(
 
         lines = [value] if value is not None else (line.rstrip("\n") for line in sys.stdin)
         trouble: Exception | None = None
-        with Progress(console=errors, transient=True) as progress:
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
             task = progress.add_task("producing", total=None)
             try:
                 for record_key, record_value, own in _records(lines, key, key_separator, lines_are_json):
@@ -107,6 +107,11 @@ def content_bytes(content: object) -> bytes | None:
 def _json_record(line: str, number: int) -> tuple[bytes | None, bytes | None, Headers]:
     try:
         record = json_library.loads(line)
+        unknown = set(record) - {"key", "value", "headers", "topic", "partition", "offset", "timestamp"}
+        if unknown or "value" not in record:
+            raise ValueError(
+                f"it has {', '.join(sorted(record)) or 'nothing'}; a value is needed, null for a tombstone"
+            )
         headers: Headers = [(name, content_bytes(content)) for name, content in record.get("headers") or []]
         return content_bytes(record.get("key")), content_bytes(record.get("value")), headers
     except (ValueError, AttributeError, TypeError, KeyError) as error:

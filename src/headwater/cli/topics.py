@@ -141,6 +141,10 @@ def alter(
         if partitions is None and not changes:
             raise UserError("nothing to change: give --partitions, --config or --unset.")
         client = admin(bootstrap_servers)
+        known = client.topic_configs(name)
+        for key in unset or []:
+            if key not in known:
+                raise UserError(f"{name} has no config {key}. `headwater topics describe {name}` shows what is set.")
         if changes:
             client.alter_topic_configs(name, changes)
         if partitions is not None:

@@ -160,7 +160,9 @@ class Supervised:
 def up(
     context: typer.Context,
     data: Data = Path("./headwater-data"),
-    port: Annotated[int, typer.Option(help="The broker's port on 127.0.0.1; 0 takes a free one.")] = 9092,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The broker's port on 127.0.0.1; 0 takes a free one.")
+    ] = 9092,
     bootstrap_servers: Annotated[
         str | None, typer.Option(help="Use this cluster; no broker is started.", envvar="HEADWATER_BOOTSTRAP_SERVERS")
     ] = None,
