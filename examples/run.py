@@ -17,16 +17,19 @@ APPS = {"shop": ["orders", "inventory", "warehouse", "notifications", "loyalty",
 START_SECONDS = 60.0
 
 
-def free_port(wanted: int) -> int:
-    """The usual port when it is free, else another."""
+def free_port(wanted: int, who: str) -> int:
+    """The usual port when it is free, else another, and says so."""
     for port in (wanted, 0):
         with socket.socket() as each:
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 each.bind(("127.0.0.1", port))
-                return int(each.getsockname()[1])
             except OSError:
                 continue
+            found = int(each.getsockname()[1])
+            if found != wanted:
+                print(f"port {wanted} is in use: {who} listens on {found}", flush=True)
+            return found
     raise OSError("no port is free")
 
 
@@ -37,13 +40,13 @@ class Run:
         self.example = example
         self.folder = tempfile.TemporaryDirectory(prefix=f"headwater-{example}-")
         self.data = Path(self.folder.name)
-        self.web_port = free_port(8000)
+        self.web_port = free_port(8000, "the order service")
         self.url = f"http://127.0.0.1:{self.web_port}"
         self._environment = {**os.environ, "SHOP_PORT": str(self.web_port), **(environment or {})}
         self._environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
         self._cluster = None
         if engine == "embedded":
-            port = free_port(9092)
+            port = free_port(9092, "the broker")
             self.servers = f"127.0.0.1:{port}"
             where = ["--port", str(port)]
         else:

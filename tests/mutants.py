@@ -63,6 +63,8 @@ MUTANTS = [
            '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)\n            self.close()',
            '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)',
            "tests/broker/test_bad_input.py::test_a_frame_that_breaks_the_protocol_closes_its_connection_only"),
+    Mutant("records that grow without bound cost a bounded amount", BROKER + "wire/record.py", "= 100 << 20", "= 1 << 30",
+           "tests/broker/test_bad_input.py::test_records_that_grow_without_bound_cost_a_bounded_amount"),
     Mutant("clients that don't read bound the memory", BROKER + "connection.py",
            "        self._writing_paused = True\n", "        return\n",
            "tests/broker/test_bad_input.py::test_a_client_that_does_not_read_bounds_the_brokers_memory"),

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic
 
-from headwater.broker.wire.record import NewRecord, encode_batch
+from headwater.broker.wire.record import NewRecord, compress, encode_batch
+from headwater.broker.wire.record_batch import HEADER_SIZE, checksum
 from headwater.testing.broker import BrokerProcess
 from tests.kit.clients import Confluent, Sent
 from tests.kit.require import unavailable
@@ -228,6 +229,36 @@ def test_a_client_that_does_not_read_bounds_the_brokers_memory(broker: BrokerPro
     assert broker.resident_bytes() - before < 300 * 1024 * 1024
     for wire in stuck:
         wire.socket.close()
+    assert broker.stop() == 0
+
+
+def bomb_batch(size_bytes: int) -> bytes:
+    """A valid zstd batch of a few KB whose records grow to `size_bytes`."""
+    body = compress(4, bytes(size_bytes))
+    batch = good_batch(attributes=4)[:HEADER_SIZE] + body
+    struct.pack_into(">i", batch, 8, len(batch) - 12)
+    struct.pack_into(">I", batch, 17, checksum(batch, 0, len(batch)))
+    return bytes(batch)
+
+
+def test_records_that_grow_without_bound_cost_a_bounded_amount(broker: BrokerProcess) -> None:
+    """Where the broker has to look into a batch it reads 100 MiB at most; the batch is said to be bad, nobody else."""
+    servers = broker.bootstrap_servers
+    admin = AdminClient({"bootstrap.servers": servers})
+    topics = [NewTopic("plain", 1), NewTopic("compacted", 1, config={"cleanup.policy": "compact"})]
+    for made in admin.create_topics(topics).values():
+        made.result(10)
+    wire = Wire(servers)
+    bomb = bomb_batch(700_000_000)
+
+    assert len(bomb) < 100_000
+    assert produce_answer(wire.request(0, 8, produce_body("compacted", 0, bomb)), "compacted")[0] == 87
+    assert produce_answer(wire.request(0, 8, produce_body("plain", 0, bomb)), "plain") == (0, 0)
+    look_up = struct.pack(">iih", -1, 1, 5) + b"plain" + struct.pack(">iiq", 1, 0, 0)
+    answer = wire.request(2, 1, look_up)
+    assert struct.unpack_from(">ih", answer, 8 + 4 + 2 + 5 + 4) == (0, 2)
+    assert produce_answer(wire.request(0, 8, produce_body("plain", 0, bytes(good_batch()))), "plain") == (0, 1)
+    assert broker.peak_resident_bytes() < 400_000_000
     assert broker.stop() == 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import importlib
 import io
+import struct
 import typing
 import uuid
 
@@ -15,7 +16,15 @@ from kio.static.primitive import i8, i16, i32, i32Timedelta, i64
 
 from headwater.broker.wire import fetch, produce
 from headwater.broker.wire.errors import MalformedMessage
-from headwater.broker.wire.record import NewRecord, decode_records, encode_batch
+from headwater.broker.wire.record import (
+    MAX_RECORDS_BYTES,
+    XERIAL_MAGIC,
+    NewRecord,
+    compress,
+    decode_records,
+    decompress,
+    encode_batch,
+)
 
 PRODUCE_VERSIONS = range(3, 14)
 FETCH_VERSIONS = range(4, 19)
@@ -204,3 +213,24 @@ def test_records_survive_every_compression(batch: list[NewRecord], codec: int) -
     assert [(r.key, r.value, r.timestamp, r.headers) for r in found] == [
         (r.key, r.value, r.timestamp, r.headers) for r in batch
     ]
+
+
+@pytest.mark.parametrize("codec", [1, 2, 3, 4])
+def test_records_that_grow_beyond_all_bounds_are_refused(codec: int) -> None:
+    """A small batch can say that it is a huge one; what fits the bound is read whole."""
+    fits, bomb = bytes(MAX_RECORDS_BYTES), bytes(MAX_RECORDS_BYTES + 1)
+
+    assert len(decompress(codec, compress(codec, fits))) == len(fits)
+    with pytest.raises(MalformedMessage, match="at most 104857600 bytes"):
+        decompress(codec, compress(codec, bomb))
+
+
+def test_snappy_blocks_are_bounded_together() -> None:
+    """The framing of Java and Go clients: many blocks, one bound."""
+    block = compress(2, bytes(MAX_RECORDS_BYTES // 2 + 1))
+    framed = struct.pack(">i", len(block)) + block
+    head = XERIAL_MAGIC + bytes(8)
+
+    assert len(decompress(2, head + framed)) == MAX_RECORDS_BYTES // 2 + 1
+    with pytest.raises(MalformedMessage, match="at most 104857600"):
+        decompress(2, head + framed + framed)

@@ -79,7 +79,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, numb
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("-" if cell is None else str(cell) for cell in row))
     console.print(table, highlight=False)
 
 

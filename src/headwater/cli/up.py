@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.output import Json, UserError, console, explained, show_json
+from headwater.cli.output import Json, UserError, console, explained, show_json, show_table
 
 app = typer.Typer(invoke_without_command=True, help="A broker and applications, on one machine, supervised.")
 
@@ -311,7 +311,5 @@ def status(context: typer.Context, json: Json = False) -> None:
             return
         processes = answer["processes"]
         assert isinstance(processes, list)
-        for each in processes:
-            address = f"{each['address']}, " if each["address"] else ""
-            pid = f", pid {each['pid']}" if each["pid"] else ""
-            console.print(f"{each['name']}: {address}{each['state']}{pid}", highlight=False)
+        columns = ("name", "state", "pid", "address")
+        show_table(columns, [[each[column] for column in columns] for each in processes], numbers=("pid",))

@@ -114,4 +114,6 @@ def _look_up(partition: Partition, timestamp: int) -> tuple[int, int]:
         found = log.offset_of_max_timestamp()
     else:
         found = log.offset_for_time(timestamp, partition.high_watermark.offset)
-    return (-1, -1) if found is None else (found.timestamp, found.offset)
+    if found is None or found.offset >= partition.high_watermark.offset:
+        return -1, -1
+    return found.timestamp, found.offset

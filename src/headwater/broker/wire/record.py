@@ -10,6 +10,7 @@ use. Source: KIP-98. Upstream: DefaultRecord, Compression.
 
 import struct
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import cramjam
@@ -32,6 +33,9 @@ from headwater.broker.wire.varint import Buffer, read_signed, write_signed
 NONE, GZIP, SNAPPY, LZ4, ZSTD = range(5)
 XERIAL_MAGIC = b"\x82SNAPPY\x00"
 XERIAL_HEADER = 16
+STREAMS = {GZIP: cramjam.gzip, LZ4: cramjam.lz4, ZSTD: cramjam.zstd}
+MAX_RECORDS_BYTES = 100 << 20  # of one batch, decompressed: 1 MB of zstd can say that it is 30 GB
+FIRST_ROOM_BYTES = 64 << 10
 
 
 class Record(NamedTuple):
@@ -167,31 +171,51 @@ def compress(codec: int, data: bytes | bytearray) -> bytes:
 
 
 def decompress(codec: int, data: Buffer) -> Buffer:
-    """Raises MalformedMessage for bytes that the codec can't read."""
+    """Raises MalformedMessage for bytes that the codec can't read, or that grow beyond MAX_RECORDS_BYTES."""
+    if codec == NONE:
+        return data
     try:
-        if codec == NONE:
-            return data
-        if codec == GZIP:
-            return bytes(cramjam.gzip.decompress(data))
         if codec == SNAPPY:
             return _decompress_snappy(bytes(data))
-        if codec == LZ4:
-            return bytes(cramjam.lz4.decompress(data))
-        if codec == ZSTD:
-            return bytes(cramjam.zstd.decompress(data))
+        if codec in STREAMS:
+            return _decompress_stream(STREAMS[codec], data)
     except cramjam.DecompressionError as error:
-        raise MalformedMessage(f"the records can't be decompressed: {error}") from None
+        raise MalformedMessage(
+            f"the records can't be decompressed into at most {MAX_RECORDS_BYTES} bytes: {error}"
+        ) from None
     raise MalformedMessage(f"compression {codec} is not known")
+
+
+def _decompress_stream(stream: ModuleType, data: Buffer) -> Buffer:
+    """These formats don't say how much comes out: the room grows until it is enough, or too much."""
+    size = max(4 * len(data), FIRST_ROOM_BYTES)
+    while True:
+        room = bytearray(min(size, MAX_RECORDS_BYTES))
+        try:
+            return memoryview(room)[: stream.decompress_into(data, room)]
+        except cramjam.DecompressionError:
+            if size >= MAX_RECORDS_BYTES:
+                raise
+        size *= 8
 
 
 def _decompress_snappy(data: bytes) -> bytes:
     if not data.startswith(XERIAL_MAGIC):
-        return bytes(cramjam.snappy.decompress_raw(data))
+        return _decompress_snappy_block(data, MAX_RECORDS_BYTES)
     out, at = bytearray(), XERIAL_HEADER
     while at + 4 <= len(data):
         (size,) = struct.unpack_from(">i", data, at)
         if size < 0 or at + 4 + size > len(data):
             raise MalformedMessage("a snappy block is longer than its batch")
-        out += cramjam.snappy.decompress_raw(data[at + 4 : at + 4 + size])
+        out += _decompress_snappy_block(data[at + 4 : at + 4 + size], MAX_RECORDS_BYTES - len(out))
         at += 4 + size
     return bytes(out)
+
+
+def _decompress_snappy_block(data: bytes, most: int) -> bytes:
+    size = cramjam.snappy.decompress_raw_len(data)
+    if size > most:
+        raise MalformedMessage(
+            f"the records can't be decompressed into at most {MAX_RECORDS_BYTES} bytes: they are {size}"
+        )
+    return bytes(cramjam.snappy.decompress_raw(data))
