@@ -164,6 +164,7 @@ def run() -> None:
             lambda s: bench.small_beside_bulk(s)["p99_us"],
             "3 or less",
         )
+        # S002.2: more than 200,000 records a second
         for size, count, aim in ((100, 1_000_000, "0.9"), (1000, 300_000, "1.5")):
             runs = {server.name: [bench.client(server, size, count) for _ in range(ROUNDS)] for server in servers}
             table.add(
@@ -181,6 +182,7 @@ def run() -> None:
 
 
 def idle(table: Table, servers: list[Server]) -> None:
+    """S002.32: what the broker costs a machine while nobody asks, beside a broker on the JVM."""
     table.add(
         "start on a new directory", "ms", {s.name: [s.start_seconds * 1000] for s in servers}, "10 times, under 300"
     )
