@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from tests.kit.kafka import KafkaCluster, brokers_named_by
@@ -21,7 +22,7 @@ SYNC = {"log.flush.interval.messages": "1"}
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
-class Server:
+class Server(ABC):
     """A broker and its process."""
 
     def __init__(self, name: str) -> None:
@@ -37,8 +38,9 @@ class Server:
     def resident_mb(self) -> float:
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
+    @abstractmethod
     def stop(self) -> None:
-        raise NotImplementedError
+        """End the process, and remove what it left."""
 
 
 class Headwater(Server):

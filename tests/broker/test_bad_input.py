@@ -181,6 +181,33 @@ def test_a_bad_batch_gets_kafkas_code_and_the_next_one_is_taken(engine: object, 
     assert (good, place) == (0, 1)
 
 
+def fetch_body(*topics: str, max_wait_ms: int = 200) -> bytes:
+    """A Fetch request, version 4: partition 0 of each from offset 0 on."""
+    wanted = [
+        struct.pack(">h", len(topic)) + topic.encode() + struct.pack(">iiqi", 1, 0, 0, 100_000) for topic in topics
+    ]
+    return struct.pack(">iiiibi", -1, max_wait_ms, 1, 1_000_000, 0, len(topics)) + b"".join(wanted)
+
+
+def test_a_fetch_of_an_unknown_topic_gets_kafkas_code_and_harms_no_other(engine: object, unique: str) -> None:
+    """UNKNOWN_TOPIC_OR_PARTITION, alone or before one that is there, on a connection that goes on. (both engines)"""
+    servers = engine.bootstrap_servers  # type: ignore[attr-defined]
+    Confluent().produce(servers, unique, [Sent(b"k", b"v")])
+    wire = Wire(servers)
+    absent = "a" * len(unique)
+
+    alone = wire.request(1, 4, fetch_body(absent))
+    both = wire.request(1, 4, fetch_body(absent, unique))
+
+    at = 8 + 4 + 4 + 2 + len(absent) + 4
+    assert struct.unpack_from(">ih", alone, at) == (0, 3)
+    errors = {}
+    for topic in (absent, unique):
+        place = both.index(topic.encode()) + len(topic)
+        errors[topic] = struct.unpack_from(">iihq", both, place)
+    assert errors == {absent: (1, 0, 3, -1), unique: (1, 0, 0, 1)}
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", ".", "", "x" * 250, "späte"])
 def test_a_topic_name_that_is_no_name_is_refused(engine: object, name: str) -> None:
     """INVALID_TOPIC_EXCEPTION: names become folders. (both engines)"""

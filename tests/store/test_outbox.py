@@ -104,7 +104,7 @@ def test_commits_that_overtake_each_other_are_published_in_order(
 
 
 def test_many_writers_keep_the_order_of_each_aggregate(embedded: Engine, database_url: str, unique: str) -> None:
-    """HARD PARTS 8: concurrent commits, each aggregate's events in the order of its commits. (both databases)"""
+    """S003-10.2: concurrent commits, each aggregate's events in the order of its commits. (both databases)"""
     app, _ = make_app(embedded, database_url, unique)
     writers, each = 4, 40
 

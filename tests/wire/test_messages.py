@@ -7,6 +7,7 @@ import re
 import typing
 from dataclasses import fields, is_dataclass
 
+import kio.serial
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,7 +107,6 @@ def test_kio_reads_what_we_write_and_writes_the_same(
     name: str, kind: str, version: int, message: type[Message], data: st.DataObject
 ) -> None:
     """A second implementation, generated from Kafka's declarations, agrees on every byte."""
-    kio_serial = pytest.importorskip("kio.serial")
     module = importlib.import_module(f"kio.schema.{name}.v{version}.{kind}")
     theirs = next(
         cls
@@ -116,9 +116,9 @@ def test_kio_reads_what_we_write_and_writes_the_same(
     value = _with_known_error_codes(data.draw(structures(message, version)))
     encoded = bytes(value.encode(version))
 
-    decoded, size = kio_serial.entity_reader(theirs)(encoded, 0)
+    decoded, size = kio.serial.entity_reader(theirs)(encoded, 0)
     written = io.BytesIO()
-    kio_serial.entity_writer(theirs)(written, decoded)
+    kio.serial.entity_writer(theirs)(written, decoded)
 
     assert size == len(encoded)
     assert written.getvalue() == encoded

@@ -157,7 +157,7 @@ class Partition:
 
     def wait_durable(self, end_offset: int, then: Callable[[], None]) -> None:
         """`then` is called when everything before `end_offset` is on the disk; at once when that is not asked for."""
-        if not self.config.syncs_every_batch or self.log.recovery_point >= end_offset:
+        if self.is_durable(end_offset):
             then()
         else:
             self._durable_waiters.append((end_offset, then))

@@ -2,7 +2,8 @@
 
 Promise    A row written in a unit of work reaches its topic at least once, in the order of the commits of its key; the
            event id travels as a header, so that a consumer can make it once.
-Not        Order between keys. Anything, if rows are written outside the transaction that they speak of.
+Not        Order between keys. The order of the commits of PostgreSQL transactions that share no row: those of one key
+           go in the order of their inserts. Anything, if rows are written outside the transaction that they speak of.
 Needs      PostgreSQL: the transaction-id horizon (rows below pg_snapshot_xmin are complete, no open transaction can
            still put one before them). SQLite: one writer at a time, so positions become visible in order.
 Proof      tests/store/test_outbox.py::test_commits_that_overtake_each_other_are_published_in_order

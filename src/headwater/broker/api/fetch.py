@@ -115,8 +115,10 @@ class Attempt:
         return size, at_once
 
     def _is_behind(self, answer: PartitionAnswer, wanted: PartitionFetch) -> bool:
+        if not answer.records:
+            return False
         log = self.partitions[-1].log
-        return bool(answer.records) and log.segment_of(wanted.fetch_offset) is not log.active
+        return log.segment_of(wanted.fetch_offset) is not log.active
 
     def _read_partition(
         self, topic_key: str | bytes, wanted: PartitionFetch, left: int, at_least_one: bool

@@ -5,8 +5,8 @@ The loop writes and marks a log dirty; at the end of its turn everything that is
 without a timer. A round that would be short and has one waiter is done in the loop itself, because handing it to the
 thread and back costs more than the sync; any other goes to the one flusher thread.
 
-A failed sync ends the process: the pages are gone and a second sync would "succeed" (HARD PARTS of every database since
-2018's fsync reports). The broker starts again and recovers from what is on the disk.
+A failed sync ends the process: the kernel tells of it once and drops the pages, and a second sync would "succeed", as
+PostgreSQL found out in 2018. The broker starts again and recovers from what is on the disk.
 
 `SteppedFlusher` does the same without loop or thread, for tests and simulations.
 """
