@@ -7,21 +7,29 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from confluent_kafka.admin import AdminClient, NewTopic
+from hypothesis import HealthCheck, given, settings
 
+from headwater.broker.dispatch import APIS
+from headwater.broker.wire.message import NEVER, Message
 from headwater.broker.wire.record import NewRecord, compress, encode_batch
 from headwater.broker.wire.record_batch import HEADER_SIZE, checksum
 from headwater.testing.broker import BrokerProcess
 from tests.kit.clients import Confluent, Sent
 from tests.kit.require import unavailable
 from tests.kit.simulation import produce_answer, produce_body
+from tests.wire.test_messages import declared, structures
 
 pytestmark = pytest.mark.server
+
+
+MANY = 100
 
 
 class Wire:
@@ -116,6 +124,34 @@ def test_random_frames_never_end_the_broker(broker: BrokerProcess) -> None:
     assert_serves(broker.bootstrap_servers)
     assert broker.resident_bytes() < before + 40 * 1024 * 1024
     assert broker.stop() == 0
+
+
+def test_no_well_formed_request_fails_inside_the_broker(broker: BrokerProcess) -> None:
+    """Whatever the fields say, there is an answer for it: `request_failed` in the log is a mistake of the broker's."""
+    keys = {api.name: api for api in APIS.values()}
+    sent: deque[Wire] = deque()
+    for _, kind, version, message in declared():
+        if kind != "request":
+            continue
+        api = keys[message.__name__.removesuffix("Request")]
+        tags = b"\0" if version >= api.flexible and api.flexible != NEVER else b""
+
+        head = struct.pack(">hhih", api.key, version, 7, 4) + b"test" + tags
+
+        @settings(max_examples=5, suppress_health_check=list(HealthCheck))
+        @given(value=structures(message, version))
+        def send(value: Message) -> None:
+            wire = Wire(broker.bootstrap_servers)
+            wire.send_frame(head + bytes(value.encode(version)))  # noqa: B023 - called at once
+            sent.append(wire)
+            if len(sent) > MANY:
+                sent.popleft().socket.close()  # its request was taken long ago
+
+        send()
+
+    assert_serves(broker.bootstrap_servers)
+    assert broker.stop() == 0
+    assert "request_failed" not in broker.log.read_text()
 
 
 def test_an_unknown_version_of_api_versions_is_answered_in_version_0(embedded: object) -> None:
