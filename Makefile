@@ -27,7 +27,7 @@ check: install ## style, types, layers and the tests that need no server; under 
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
-	@$(BIN)/python -m pytest -m "not server and not soak"
+	@$(BIN)/python -m pytest -m "not server and not soak and not long"
 
 test: install ## all tests, on the embedded broker and on Apache Kafka
 	@$(BIN)/python -m tests.kit.install

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from headwater.event.topic import Topic
     from headwater.kafka.producer import NotPublished, Profile
     from headwater.runtime.app import App
+    from headwater.runtime.handler import Tier
+    from headwater.runtime.retry import Retry
     from headwater.runtime.tracing import CorrelationMiddleware
     from headwater.settings import Settings
     from headwater.store.database import Database
@@ -27,7 +29,9 @@ PUBLIC = {
     "Metadata": "headwater.event.envelope",
     "NotPublished": "headwater.kafka.producer",
     "Profile": "headwater.kafka.producer",
+    "Retry": "headwater.runtime.retry",
     "Settings": "headwater.settings",
+    "Tier": "headwater.runtime.handler",
     "Topic": "headwater.event.topic",
     "UnitOfWork": "headwater.store.unit_of_work",
 }
@@ -41,7 +45,9 @@ __all__ = [
     "Metadata",
     "NotPublished",
     "Profile",
+    "Retry",
     "Settings",
+    "Tier",
     "Topic",
     "UnitOfWork",
 ]

@@ -3,6 +3,8 @@
 HEADWATER_BOOTSTRAP_SERVERS   HOST:PORT[,HOST:PORT...]         127.0.0.1:9092
 HEADWATER_DATABASE_URL        SQLAlchemy's, sync or async       none
 HEADWATER_CREATE_TOPICS       true | false                      true
+HEADWATER_ALERT_WEBHOOK       where alerts are posted          none
+HEADWATER_HISTORY             a folder for histories           none
 HEADWATER_KAFKA_<NAME>        a property of the Kafka client, with _ for .
 """
 
@@ -12,7 +14,7 @@ from dataclasses import dataclass, field
 
 PREFIX = "HEADWATER_"
 KAFKA_PREFIX = "HEADWATER_KAFKA_"
-KNOWN = ("BOOTSTRAP_SERVERS", "DATABASE_URL", "CREATE_TOPICS")
+KNOWN = ("BOOTSTRAP_SERVERS", "DATABASE_URL", "CREATE_TOPICS", "ALERT_WEBHOOK", "HISTORY")
 # Settings of the tests and tools of the project itself, not of an application.
 ELSEWHERE = ("REQUIRE_ALL", "CACHE")
 DEFAULT_BOOTSTRAP_SERVERS = "127.0.0.1:9092"
@@ -29,6 +31,9 @@ class Settings:
     create_topics: bool = True
     kafka: Mapping[str, str] = field(default_factory=dict)
     """Properties of the Kafka client, by their own names."""
+    alert_webhook: str | None = None
+    history: str | None = None
+    """A folder: see headwater.runtime.history."""
 
 
 def from_environment(environment: Mapping[str, str]) -> Settings:
@@ -52,6 +57,8 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         database_url=values.get("DATABASE_URL"),
         create_topics=_flag("CREATE_TOPICS", values.get("CREATE_TOPICS", "true")),
         kafka=kafka,
+        alert_webhook=values.get("ALERT_WEBHOOK"),
+        history=values.get("HISTORY"),
     )
 
 

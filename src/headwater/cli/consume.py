@@ -92,7 +92,7 @@ def _print_all(
                 print(_as_json(message) if as_json else _as_text(message, keys, headers))
                 printed += 1
         if left is not None:
-            left -= ended  # the end may hold what is not shown: markers of transactions, gaps of compaction
+            left -= ended.keys()  # the end may hold what is not shown: markers of transactions, gaps of compaction
         sys.stdout.flush()
 
 

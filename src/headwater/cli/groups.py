@@ -21,7 +21,7 @@ from headwater.cli.output import (
     show_table,
 )
 from headwater.kafka.admin import KafkaAdmin
-from headwater.runtime.lane import METADATA_PREFIX, Waiting
+from headwater.runtime.frontier import decode_metadata
 
 app = typer.Typer(no_args_is_help=True, help="Consumer groups: list, describe, reset, delete.")
 
@@ -90,17 +90,16 @@ def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
 
 
 def waiting_for(metadata: str) -> str | None:
-    """Why a Headwater handler does not go on, if it does not."""
-    metadata = metadata.rstrip("\0")  # librdkafka ends it with one
-    text = metadata.removeprefix(METADATA_PREFIX)
-    if text == metadata or not text:
+    """What a Headwater handler's partition waits for, if it does."""
+    progress = decode_metadata(metadata)
+    if progress is None:
         return None
-    try:
-        waiting = msgspec.json.decode(text, type=Waiting)
-    except msgspec.MsgspecError:
-        return None
-    seconds = max(0, time.time() - waiting.since_ms / 1000)
-    return f"offset {waiting.offset} failed {waiting.attempts} times in {seconds:.0f} s: {waiting.error}"
+    if progress.waiting is not None:
+        seconds = max(0, time.time() - progress.waiting.since_ms / 1000)
+        return f"for {seconds:.0f} s: {progress.waiting.reason}"
+    if progress.parked:
+        return f"{progress.parked} {'key is' if progress.parked == 1 else 'keys are'} parked"
+    return None
 
 
 @app.command()

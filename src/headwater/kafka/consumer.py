@@ -5,9 +5,10 @@ goes on fetching 5 ms after the queue was full instead of after a whole second (
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import confluent_kafka
 from confluent_kafka import OFFSET_BEGINNING, KafkaError, KafkaException, Message, TopicPartition
@@ -20,16 +21,19 @@ from headwater.settings import Settings
 logger = logging.getLogger(__name__)
 
 QUEUED_KBYTES = 16 * 1024
-COMMITTED_SECONDS = 30.0
+COMMITTED_SECONDS = 2.0  # for one try
+CLOSE_SECONDS = 5.0
 TELL_SECONDS = 30.0
 FINAL = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 __all__ = [
+    "Begun",
     "ConsumerFailed",
     "KafkaConsumer",
     "KafkaException",
     "KafkaReader",
     "Message",
+    "OutOfRange",
     "Rebalance",
     "TopicPartition",
     "consumer_config",
@@ -39,7 +43,25 @@ __all__ = [
 Rebalance = Callable[[list[TopicPartition]], None]
 
 
-def consumer_config(settings: Settings, group: str) -> dict[str, str | int | bool]:
+CLASSIC_ONLY = ("partition.assignment.strategy", "session.timeout.ms", "heartbeat.interval.ms")
+"""With the protocol of KIP-848 these are the broker's to say, and the client refuses them."""
+
+
+def consumer_config(
+    settings: Settings, group: str, protocol: str | None = None, *, is_transactional: bool = False
+) -> dict[str, str | int | bool]:
+    config = _consumer_config(settings, group)
+    if protocol is not None:
+        config["group.protocol"] = protocol
+    if config.get("group.protocol") == "consumer":
+        for name in CLASSIC_ONLY:
+            config.pop(name, None)
+    if is_transactional:
+        config["isolation.level"] = "read_committed"
+    return config
+
+
+def _consumer_config(settings: Settings, group: str) -> dict[str, str | int | bool]:
     return {
         "bootstrap.servers": settings.bootstrap_servers,
         "partition.assignment.strategy": "cooperative-sticky",
@@ -57,16 +79,37 @@ class ConsumerFailed(Exception):
     """The client gave up; the message says why."""
 
 
+class OutOfRange(Exception):
+    """The committed offset is not in the log any more; the message says what to do."""
+
+    def __init__(self, topic: str, partition: int, message: str) -> None:
+        super().__init__(message)
+        self.topic = topic
+        self.partition = partition
+
+
+class Begun(NamedTuple):
+    """Where a partition begins that was assigned."""
+
+    partition: int
+    committed: int | None
+    metadata: str
+
+
 class KafkaConsumer:
-    def __init__(self, settings: Settings, group: str) -> None:
-        config = consumer_config(settings, group)
+    def __init__(
+        self, settings: Settings, group: str, protocol: str | None = None, *, is_transactional: bool = False
+    ) -> None:
+        config = consumer_config(settings, group, protocol, is_transactional=is_transactional)
         self._group = group
         self._consumer = confluent_kafka.Consumer({**config, "on_commit": self._answered}, logger=client_logger)
         self.commits_under_way = 0
         self.on_refused: Rebalance = lambda places: None
         """Told of commits that were refused."""
-        self._is_incremental = "cooperative" in str(config["partition.assignment.strategy"]) or (
-            config.get("group.protocol") == "consumer"
+        self.on_committed: Rebalance = lambda places: None
+        """Told of commits that were acknowledged."""
+        self._is_incremental = config.get("group.protocol") == "consumer" or "cooperative" in str(
+            config["partition.assignment.strategy"]
         )
         self._told: dict[str, float] = {}
 
@@ -78,13 +121,23 @@ class KafkaConsumer:
             on_lost=lambda _, partitions: lost(partitions),
         )
 
-    def begin_at_committed(self, partitions: list[TopicPartition]) -> None:
+    def begin_at_committed(
+        self, partitions: list[TopicPartition], is_given_up: Callable[[], bool] = lambda: False
+    ) -> list[Begun]:
         """In `assigned`: each partition begins where the group committed, or at its earliest record.
 
         This is said explicitly, because with `auto.offset.reset` the client would also jump, in silence, where a
-        committed offset is no longer in the log. Raises KafkaException.
+        committed offset is no longer in the log. While the broker is away it tries again, until `is_given_up`: then
+        nothing is assigned.
         """
-        found = self._consumer.committed(partitions, timeout=COMMITTED_SECONDS)
+        while True:
+            try:
+                found = self._consumer.committed(partitions, timeout=COMMITTED_SECONDS)
+                break
+            except KafkaException as error:
+                self._tell(f"committed offsets: {error.args[0].str()}")
+            if is_given_up():
+                return []
         places = [
             TopicPartition(place.topic, place.partition, place.offset if place.offset >= 0 else OFFSET_BEGINNING)
             for place in found
@@ -93,9 +146,29 @@ class KafkaConsumer:
             self._consumer.incremental_assign(places)
         else:
             self._consumer.assign(places)
+        return [
+            Begun(place.partition, place.offset if place.offset >= 0 else None, place.metadata or "") for place in found
+        ]
+
+    def end_offset(self, topic: str, partition: int) -> int:
+        """Raises KafkaException."""
+        return int(self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=COMMITTED_SECONDS)[1])
+
+    def earliest(self, topic: str, partition: int) -> int:
+        """Raises KafkaException."""
+        return int(self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=COMMITTED_SECONDS)[0])
+
+    def seek(self, topic: str, partition: int, offset: int) -> None:
+        """Read on from there."""
+        self._consumer.seek(TopicPartition(topic, partition, offset))
+
+    def group_metadata(self) -> object:
+        """For a transaction that commits this group's offsets (KIP-447)."""
+        return self._consumer.consumer_group_metadata()
 
     def take(self, count: int, seconds: float) -> list[Message]:
-        """Wait for one record, then take what is there. Raises ConsumerFailed for an error that won't go away."""
+        """Wait for one record, then take what is there. Raises ConsumerFailed for an error that won't go away, and
+        OutOfRange."""
         first = self._consumer.poll(seconds)
         if first is None:
             return []
@@ -115,11 +188,13 @@ class KafkaConsumer:
         if error is None:
             return False
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise ConsumerFailed(
+            raise OutOfRange(
+                message.topic() or "",
+                message.partition() or 0,
                 f"{self._group} has committed an offset of {message.topic()}-{message.partition()} that is not in the log "
                 f"any more ({error.str()}): retention has passed it, and events were not handled.\n"
                 f"  `headwater groups reset {self._group} --topic {message.topic()} --to earliest --execute` goes on "
-                "with what is left."
+                "with what is left.",
             )
         if error.fatal() or error.code() in FINAL:
             raise ConsumerFailed(f"{self._group}: {error.str()}")
@@ -135,13 +210,16 @@ class KafkaConsumer:
             except KafkaException as error:
                 self._answered(error.args[0], offsets)
 
-    def commit_now(self, offsets: list[TopicPartition]) -> None:
-        """In `revoked`, where nothing can be polled: wait for the answer."""
+    def commit_now(self, offsets: list[TopicPartition]) -> bool:
+        """Wait for the answer, and say whether it was yes: in `revoked`, where nothing can be polled."""
         if offsets:
             try:
                 self._consumer.commit(offsets=offsets, asynchronous=False)
             except KafkaException as error:
                 self._tell(f"commit: {error.args[0].str()}")
+                return False
+            self.on_committed(offsets)
+        return True
 
     def _answered(self, error: KafkaError | None, places: list[TopicPartition]) -> None:
         self.commits_under_way = max(0, self.commits_under_way - 1)
@@ -149,6 +227,8 @@ class KafkaConsumer:
         if refused:
             self._tell(f"commit: {error.str() if error is not None else refused[0].error}")
             self.on_refused(refused)
+        else:
+            self.on_committed(places)
 
     def _tell(self, text: str) -> None:
         """Once in a while: the client tries again by itself."""
@@ -162,28 +242,55 @@ class KafkaConsumer:
     def resume(self, partitions: list[TopicPartition]) -> None:
         self._consumer.resume(partitions)
 
-    def close(self) -> None:
-        """Leave the group."""
-        self._consumer.close()
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Leave the group. The client waits without a bound for a broker that is away; then it is left behind."""
+        closing = threading.Thread(target=self._consumer.close, name="closing", daemon=True)
+        closing.start()
+        closing.join(seconds)
+        if closing.is_alive():
+            logger.warning("group_not_left group=%s effect=its session runs out", self._group)
 
 
 class KafkaReader:
     """Reads given partitions from given offsets, without a group."""
 
-    def __init__(self, settings: Settings, starts: Mapping[tuple[str, int], int]) -> None:
-        config = {**consumer_config(settings, "headwater-reader"), "enable.partition.eof": True}
-        self._consumer = confluent_kafka.Consumer(config)
-        self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])
+    def __init__(
+        self, settings: Settings, starts: Mapping[tuple[str, int], int], *, is_transactional: bool = False
+    ) -> None:
+        config = consumer_config(settings, "headwater-reader", "classic", is_transactional=is_transactional)
+        config.pop("group.instance.id", None)
+        self._consumer = confluent_kafka.Consumer({**config, "enable.partition.eof": True}, logger=client_logger)
+        if starts:
+            self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])
 
-    def take(self, count: int, seconds: float) -> tuple[list[Message], set[tuple[str, int]]]:
-        """Records, and the partitions whose end was reached. Raises ConsumerFailed."""
-        messages, ended = [], set()
+    def add(self, topic: str, partition: int, offset: int) -> None:
+        self._consumer.incremental_assign([TopicPartition(topic, partition, offset)])
+
+    def remove(self, topic: str, partition: int) -> None:
+        self._consumer.incremental_unassign([TopicPartition(topic, partition)])
+
+    def only(self, topic: str, partition: int, offset: int) -> None:
+        """From now on this, and nothing else."""
+        self._consumer.assign([TopicPartition(topic, partition, offset)])
+
+    def nothing(self) -> None:
+        self._consumer.unassign()
+
+    def offsets(self, topic: str, partition: int, seconds: float) -> tuple[int, int]:
+        """The first offset and the end, read anew. Raises KafkaException."""
+        first, end = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=seconds)
+        return int(first), int(end)
+
+    def take(self, count: int, seconds: float) -> tuple[list[Message], dict[tuple[str, int], int]]:
+        """Records, and the partitions whose end was reached, with that end. Raises ConsumerFailed."""
+        messages: list[Message] = []
+        ended: dict[tuple[str, int], int] = {}
         for message in self._consumer.consume(count, seconds):
             error = message.error()
             if error is None:
                 messages.append(message)
             elif error.code() == KafkaError._PARTITION_EOF:
-                ended.add((message.topic() or "", message.partition() or 0))
+                ended[message.topic() or "", message.partition() or 0] = message.offset() or 0
             else:
                 raise ConsumerFailed(error.str())
         return messages, ended

@@ -15,22 +15,24 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from headwater.event.topic import Topic
-from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import KafkaConsumer, Message, headers_of
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.producer import Acknowledged, KafkaProducer, LoopProducer, NotPublished, Profile
-from headwater.runtime.consumer_thread import ConsumerThread
-from headwater.runtime.daemon_executor import DaemonExecutor
-from headwater.runtime.handler import Function, Handler, InvalidHandler
-from headwater.runtime.lane import Lane
+from headwater.runtime.alert import Alerts
+from headwater.runtime.handler import Function, Handler, InvalidHandler, Options, Tier
+from headwater.runtime.history import History
 from headwater.runtime.publish import Router
 from headwater.runtime.relay import Relay
+from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
+from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
+from headwater.runtime.subscription import Subscription, Surroundings
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
 from headwater.settings import Settings, from_environment
 from headwater.store import tables
@@ -43,10 +45,8 @@ F = TypeVar("F", bound=Function)
 
 STOP_SECONDS = 20.0
 WEB_STOP_SECONDS = 10  # for requests that are being answered
-SYNC_HANDLERS = 8  # threads, per sync handler
 DEFAULT_MAX_MESSAGE_BYTES = "1048588"
-DEAD_LETTER_ROOM = 64 * 1024  # for the headers that say where a dead letter came from
-DEAD_RETENTION_MS = 90 * 24 * 3600 * 1000
+DEFAULT_RETRY = Retry()
 
 
 class CannotStart(Exception):
@@ -82,6 +82,10 @@ class App:
         self._users = 0
         self._failed: Callable[[Exception], None] | None = None
         self._before: list[Callable[[], Awaitable[None]]] = []
+        self._alerts = Alerts(self.settings.alert_webhook, name)
+        self._history: History | None = None
+        self._topic_ids: dict[str, str] = {}
+        self._retentions: dict[str, int] = {}
 
     @property
     def database(self) -> Database:
@@ -98,13 +102,50 @@ class App:
 
     # Declaring
 
-    def handler(self, topic: Topic, *, group: str) -> Callable[[F], F]:
-        """The function handles the topic's events, in a consumer group of its own. Raises InvalidHandler, NoTopic."""
+    def handler(
+        self,
+        topic: Topic,
+        *,
+        group: str,
+        delivery: str = "at_least_once",
+        retry: Retry | None = DEFAULT_RETRY,
+        giving_up: str = "skip",
+        poison: Errors = (),
+        conflict: Errors = (),
+        unavailable: Errors = (),
+        concurrency: int = 100,
+        threads: int = 8,
+        batch: int = 500,
+        tier: str | Tier | None = None,
+        group_protocol: str | None = None,
+        outside_effects: bool = False,
+        on_gap: str = "stop",
+        transaction_records: int = 1000,
+    ) -> Callable[[F], F]:
+        """The function handles the topic's events, in a consumer group of its own. Raises InvalidHandler, NoTopic.
+
+        delivery: at_most_once, at_least_once, effectively_once (with a UnitOfWork) or exactly_once (Kafka to Kafka).
+        retry: how often and when a failed event is tried again; None: in place, for ever, without a retry topic.
+        giving_up: skip (the next event of the key goes on) or hold (the key waits for a redrive or a discard).
+        poison, conflict, unavailable: error types of the handler's own; see headwater.runtime.retry.
+        concurrency: how many keys at once, in this process. threads: of a sync handler. batch: the most events that a
+        batch handler gets. transaction_records: the most that share a Kafka transaction under exactly_once.
+        tier: the lag in seconds that alarms, "30s", or Tier(target="24h", alarm="1h").
+        group_protocol: consumer for KIP-848; classic, or None for what the settings say.
+        outside_effects: it acts on the world outside: a replay leaves it silent unless asked.
+        on_gap: what happens when retention has passed the frontier: stop, or skip with an alert.
+        """
+        options = Options(
+            _one_of(Delivery, "delivery", delivery), retry, _one_of(GivingUp, "giving_up", giving_up), tuple(poison),
+            tuple(conflict), tuple(unavailable), concurrency, threads, batch,
+            Tier(tier, tier) if isinstance(tier, str) else tier, group_protocol, outside_effects, on_gap,
+            transaction_records,
+        )  # fmt: skip
 
         def register(function: F) -> F:
             if any(handler.group == group for handler in self.handlers):
                 raise InvalidHandler(f"the group {group} has a handler already: each handler is a group of its own.")
-            handler = Handler(function, topic, group)
+            handler = Handler(function, topic, group, options)
             self._router.add([topic])
             self.handlers.append(handler)
             return function
@@ -153,22 +194,6 @@ class App:
         if self._relay is not None:
             self._relay.wake()
 
-    async def dead_letter(self, handler: Handler, message: Message, reason: str) -> None:
-        """The record, byte for byte, with where it came from. Raises NotPublished."""
-        assert self._loop_producer is not None
-        headers = headers_of(message)
-        headers += [
-            ("headwater-topic", (message.topic() or "").encode()),
-            ("headwater-partition", str(message.partition()).encode()),
-            ("headwater-offset", str(message.offset()).encode()),
-            ("headwater-group", handler.group.encode()),
-            ("headwater-class", b"poison"),
-            ("headwater-error", reason.encode("utf-8", "replace")[:1000]),
-        ]
-        await self._loop_producer.send(
-            handler.dead_topic, message.key(), message.value(), headers, partition=message.partition() or 0
-        )
-
     # Life
 
     @contextlib.asynccontextmanager
@@ -194,6 +219,8 @@ class App:
         await loop.run_in_executor(None, self._create_topics)
         if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
+        if self.settings.history is not None and self._history is None:
+            self._history = History(self.settings.history)
         self._producer = KafkaProducer(self.settings, self._profile, self._producer_failed)
         self._loop_producer = LoopProducer(self._producer, loop)
         if self._database is not None:
@@ -212,6 +239,7 @@ class App:
             self._producer = self._loop_producer = None
         if self._database is not None:
             await self.database.close()
+        await loop.run_in_executor(None, self._alerts.close)
 
     def _check_handlers(self) -> None:
         """What can be known to go wrong. Raises InvalidHandler."""
@@ -234,32 +262,58 @@ class App:
             self._failed(error)
 
     def _create_topics(self) -> None:
-        """What is declared and missing is made; what is there is left as it is. Raises CannotStart, AdminError."""
+        """What is declared and missing is made; what is there is left as it is. Raises CannotStart, AdminError.
+
+        A handler's retry and dead-letter topics come before its source, so that nothing is taken that can't be parked.
+        """
         admin = KafkaAdmin(self.settings)
         admin.check_reachable()
         present = admin.partition_counts()
-        wanted = {topic.name: (topic.partitions, topic.configs) for topic in self.topics}
+        wanted: dict[str, tuple[int, dict[str, str]]] = {}
         for handler in self.handlers:
-            partitions, configs = handler.topic.partitions, handler.topic.configs
-            if handler.topic.name in present:
-                partitions = present[handler.topic.name]
-                if handler.dead_topic not in present:
-                    configs = {name: each.value for name, each in admin.topic_configs(handler.topic.name).items()}
-            largest = int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + DEAD_LETTER_ROOM
-            dead = {"retention.ms": str(DEAD_RETENTION_MS), "max.message.bytes": str(largest)}
-            wanted[handler.dead_topic] = (partitions, dead)
+            wanted.update(_topics_of_failures(handler, admin, present))
+        wanted.update({topic.name: (topic.partitions, topic.configs) for topic in self.topics})
         missing = {name: shape for name, shape in wanted.items() if name not in present}
-        if missing and not self.settings.create_topics:
-            commands = "\n".join(
+        small = {
+            name: partitions
+            for handler in self.handlers
+            for name, (partitions, _) in wanted.items()
+            if name in (handler.retry_topic, handler.dead_topic) and present.get(name, partitions) < partitions
+        }
+        if (missing or small) and not self.settings.create_topics:
+            commands = [
                 f"  headwater topics create {name} --partitions {partitions}"
                 + "".join(f" --config {key}={value}" for key, value in configs.items())
                 for name, (partitions, configs) in missing.items()
-            )
+            ]
+            commands += [f"  headwater topics alter {name} --partitions {count}" for name, count in small.items()]
             raise CannotStart(
-                f"{self.name} needs topics that are missing, and may not create them. Create them:\n{commands}"
+                f"{self.name} needs topics that are missing or too small, and may not create them. Run:\n"
+                + "\n".join(commands)
             )
         for name, (partitions, configs) in missing.items():
             admin.create_topic(name, partitions, configs=configs)
+        for name, partitions in small.items():
+            admin.grow_topic(name, partitions)
+        names = sorted({handler.topic.name for handler in self.handlers})
+        self._topic_ids = {each.name: each.topic_id for each in admin.describe_topics(names)} if names else {}
+        self._retentions = {
+            name: int(admin.topic_configs(name)["retention.ms"].value)
+            for name in {h.topic.name for h in self.handlers if h.delivery is Delivery.EFFECTIVELY_ONCE}
+        }
+
+    def _grow(self, handler: Handler, partitions: int) -> None:
+        """The source has grown while the application runs. Raises AdminError."""
+        if not self.settings.create_topics:
+            raise AdminError(
+                f"{handler.topic.name} has grown: run `headwater topics alter {handler.retry_topic} --partitions {partitions}` "
+                f"and the same for {handler.dead_topic}."
+            )
+        admin = KafkaAdmin(self.settings)
+        counts = admin.partition_counts()
+        for name in (handler.retry_topic, handler.dead_topic):
+            if counts.get(name, partitions) < partitions:
+                admin.grow_topic(name, partitions)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. Raises CannotStart, AdminError, ConsumerFailed, NotPublished."""
@@ -273,39 +327,42 @@ class App:
         self._failed = failed
         listener = self._bind_web()
         async with self.lifespan():
-            threads = [self._consume(handler, loop, failed) for handler in self.handlers]
+            subscriptions = self._subscribe(loop, failed)
             web = asyncio.create_task(self._serve_web(listener, stop)) if listener is not None else None
             stopping = asyncio.create_task(stop.wait())
-            logger.info("running app=%s handlers=%d", self.name, len(threads))
+            logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
             try:
                 waited = [task for task in (stopping, failure, web) if task is not None]
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stop.set()
                 logger.info("stopping app=%s", self.name)
-                for thread in threads:
-                    thread.request_stop(STOP_SECONDS)
-                while any(thread.is_alive for thread in threads):
+                for each in subscriptions:
+                    each.request_stop(STOP_SECONDS)
+                while any(each.is_alive for each in subscriptions):
                     await asyncio.sleep(0.01)
+                for each in subscriptions:
+                    each.close()
                 stopping.cancel()
             if web is not None:
                 await web
         if failure.done():
             failure.result()
 
-    def _consume(
-        self, handler: Handler, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]
-    ) -> ConsumerThread:
-        executor = DaemonExecutor(SYNC_HANDLERS, f"handler-{handler.group}")
-        thread = ConsumerThread(
-            KafkaConsumer(self.settings, handler.group),
-            handler.topic.name,
-            loop,
-            lambda partition, space: Lane(handler, partition, self, executor, space, failed),
-            failed,
+    def _subscribe(self, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]) -> list[Subscription]:
+        assert self._loop_producer is not None
+        around = Surroundings(
+            self.settings, self, self._loop_producer, self._database, self._alerts, self._history, failed, self._grow
         )
-        thread.start()
-        return thread
+        subscriptions = [
+            Subscription(
+                handler, around, self._topic_ids[handler.topic.name], self._retentions.get(handler.topic.name, -1), loop
+            )
+            for handler in self.handlers
+        ]
+        for each in subscriptions:
+            each.start()
+        return subscriptions
 
     def _bind_web(self) -> socket.socket | None:
         """Raises CannotStart."""
@@ -347,6 +404,39 @@ class App:
         ending = asyncio.create_task(end())
         await server.serve(sockets=[listener])
         ending.cancel()
+
+
+def _topics_of_failures(
+    handler: Handler, admin: KafkaAdmin, present: Mapping[str, int]
+) -> dict[str, tuple[int, dict[str, str]]]:
+    """The retry topic and the dead-letter topic, by name, with partitions and configs; none without a retry policy.
+
+    Raises AdminError.
+    """
+    if handler.options.retry is None:
+        return {}
+    partitions: int = handler.topic.partitions
+    configs: Mapping[str, str] = handler.topic.configs
+    if handler.topic.name in present:
+        partitions = present[handler.topic.name]
+        if handler.dead_topic not in present or handler.retry_topic not in present:
+            configs = {name: each.value for name, each in admin.topic_configs(handler.topic.name).items()}
+    largest = {"max.message.bytes": str(int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + HEADER_ROOM)}
+    return {
+        handler.retry_topic: (partitions, {**RETRY_CONFIGS, **largest}),
+        handler.dead_topic: (partitions, {**DEAD_CONFIGS, **largest}),
+    }
+
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def _one_of(choices: type[Choice], name: str, value: str) -> Choice:
+    """Raises InvalidHandler."""
+    try:
+        return choices(value)
+    except ValueError:
+        raise InvalidHandler(f"{name}={value!r} is not known: {', '.join(choices)}.") from None
 
 
 def _fail(future: "asyncio.Future[None]", error: Exception) -> None:

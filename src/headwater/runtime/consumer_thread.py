@@ -1,13 +1,16 @@
 """The thread that owns a group member's consumer: it takes batches, commits, and answers the group.
 
-Batches go over to the event loop by one call each; commits are read off the lanes. The loop never waits for the thread,
-and the thread goes on polling whatever the handlers do, so a handler may take hours.
+Batches go over to the event loop by one call each; commits are read off the owners. The loop never waits for the thread,
+and the thread goes on polling whatever the handlers do, so a handler may take hours. Each assignment of a partition gets
+an owner of its own, with a token that grows: what an owner of an earlier assignment still does is committed by nobody.
 
 Back-pressure: a bounded buffer per partition. When it is full nothing is taken; when it is still full after a second
 the full partitions are paused, and the thread polls on for the others. Resumed when half empty.
 
-Rebalance: a revoked partition's lane finishes the event at work, for at most REVOKE_SECONDS, and its frontier is
-committed before the partition goes. A lost partition's lane is stopped and commits nothing.
+Rebalance: a revoked partition's owner finishes what is at work, for at most REVOKE_SECONDS, and its frontier is
+committed before the partition goes. A lost partition's owner is stopped and commits nothing.
+
+At most once: what is taken is committed before it is handed over.
 
 Commits are sent once a second and answered while the thread polls: a broker that is away stops nothing.
 """
@@ -18,9 +21,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-from headwater.kafka.consumer import ConsumerFailed, KafkaConsumer, Message, TopicPartition
-from headwater.runtime.lane import Lane
+from headwater.kafka.consumer import (
+    Begun,
+    ConsumerFailed,
+    KafkaConsumer,
+    KafkaException,
+    Message,
+    OutOfRange,
+    TopicPartition,
+)
+from headwater.runtime import crash_point
+from headwater.runtime.frontier import Progress, Replay, decode_metadata, encode_metadata
+from headwater.runtime.owner import Owner
 
 logger = logging.getLogger(__name__)
 
@@ -37,22 +51,43 @@ Position = tuple[int, str]
 """An offset and its metadata."""
 
 
+class Watcher(Protocol):
+    """Told by the thread of what happens to its partitions."""
+
+    def new_owner(self, begun: Begun, progress: Progress, token: int, space: Callable[[], None]) -> Owner: ...
+
+    def assigned(self, owner: Owner) -> None: ...
+
+    def taken_away(self, owner: Owner) -> None: ...
+
+    def committed(self, partition: int, token: int, offset: int) -> None: ...
+
+    def gap(self, partition: int, message: str) -> bool:
+        """Committed events are gone: whether to go on with what is left."""
+
+
 class ConsumerThread:
     def __init__(
         self,
         consumer: KafkaConsumer,
         topic: str,
         loop: asyncio.AbstractEventLoop,
-        new_lane: Callable[[int, Callable[[], None]], Lane],
+        watcher: Watcher,
         failed: Callable[[Exception], None],
+        *,
+        commits_first: bool = False,
     ) -> None:
         self._consumer = consumer
         self._topic = topic
         self._loop = loop
         consumer.on_refused = self._refused
-        self._new_lane = new_lane
+        consumer.on_committed = self._acknowledged
+        self._watcher = watcher
         self._failed = failed
-        self._lanes: dict[int, Lane] = {}
+        self._commits_first = commits_first
+        self._owners: dict[int, Owner] = {}
+        self._tokens: dict[int, int] = {}
+        self._token = time.time_ns() // 1000  # grows over restarts too, which makes a history readable
         self._committed: dict[int, Position] = {}
         self._paused: set[int] = set()
         self._full_since: float | None = None
@@ -64,7 +99,7 @@ class ConsumerThread:
         self._thread.start()
 
     def request_stop(self, seconds: float) -> None:
-        """Take nothing more, let the lanes finish for so long, commit, leave the group."""
+        """Take nothing more, let the owners finish for so long, commit, leave the group."""
         self._stop_seconds = seconds
         self._space.set()
 
@@ -79,17 +114,17 @@ class ConsumerThread:
             while self._stop_seconds is None:
                 self._take()
                 if time.monotonic() >= next_commit:
-                    self._commit(self._lanes)
+                    self._commit(self._owners)
                     next_commit = time.monotonic() + COMMIT_SECONDS
             self._stop(self._stop_seconds)
-        except ConsumerFailed as error:
+        except (ConsumerFailed, OutOfRange) as error:
             self._failed(error)
         except Exception as error:
             logger.exception("consumer_failed topic=%s", self._topic)
             self._failed(error)
         finally:
-            for lane in self._lanes.values():
-                self._call(lane.stop)
+            for owner in self._owners.values():
+                self._call(owner.stop)
             self._consumer.close()
 
     def _refused(self, places: list[TopicPartition]) -> None:
@@ -100,7 +135,7 @@ class ConsumerThread:
     # Taking
 
     def _take(self) -> None:
-        full = [number for number, lane in self._lanes.items() if _is_full(lane)]
+        full = [number for number, owner in self._owners.items() if _is_full(owner)]
         if full and not set(full) <= self._paused:
             now = time.monotonic()
             self._full_since = self._full_since or now
@@ -112,12 +147,32 @@ class ConsumerThread:
             self._paused.update(full)
         self._full_since = None
         self._resume()
-        messages = self._consumer.take(BATCH, TAKE_SECONDS)
-        if messages:
+        try:
+            messages = self._consumer.take(BATCH, TAKE_SECONDS)
+        except OutOfRange as gap:
+            if not self._watcher.gap(gap.partition, str(gap)):
+                raise
+            self._consumer.seek(gap.topic, gap.partition, self._consumer.earliest(gap.topic, gap.partition))
+            return
+        if messages and (not self._commits_first or self._commit_first(messages)):
             self._hand_over(messages)
 
+    def _commit_first(self, messages: list[Message]) -> bool:
+        """At most once. False when it could not be said that they are done, and they are read again."""
+        firsts: dict[int, int] = {}
+        for message in messages:
+            firsts.setdefault(message.partition() or 0, message.offset() or 0)
+        ends = {message.partition() or 0: (message.offset() or 0) + 1 for message in messages}
+        metadata = encode_metadata(Progress())
+        if self._consumer.commit_now([TopicPartition(self._topic, p, end, metadata) for p, end in ends.items()]):
+            return True
+        for partition, first in firsts.items():
+            if partition in self._owners:
+                self._consumer.seek(self._topic, partition, first)
+        return False
+
     def _resume(self) -> None:
-        ready = [number for number in self._paused if number in self._lanes and _is_half_empty(self._lanes[number])]
+        ready = [number for number in self._paused if number in self._owners and _is_half_empty(self._owners[number])]
         if ready:
             self._consumer.resume(self._places(ready))
             self._paused.difference_update(ready)
@@ -128,11 +183,11 @@ class ConsumerThread:
             batches.setdefault(message.partition() or 0, []).append(message)
         work = []
         for number, batch in batches.items():
-            lane = self._lanes.get(number)
-            if lane is not None:
-                lane.taken += len(batch)
-                lane.taken_bytes += sum(len(message.value() or b"") for message in batch)
-                work.append((lane, batch))
+            owner = self._owners.get(number)
+            if owner is not None:
+                owner.taken += len(batch)
+                owner.taken_bytes += sum(len(message.value() or b"") for message in batch)
+                work.append((owner, batch))
         self._call(_add_all, work)
 
     def _places(self, numbers: list[int]) -> list[TopicPartition]:
@@ -145,56 +200,85 @@ class ConsumerThread:
     # Rebalances, called by the client inside `take` and `close`
 
     def _assigned(self, partitions: list[TopicPartition]) -> None:
-        self._consumer.begin_at_committed(partitions)
-        for place in partitions:
-            lane = self._new_lane(place.partition, self._space.set)
-            self._lanes[place.partition] = lane
-            self._committed.pop(place.partition, None)
-            self._paused.add(place.partition)  # the client remembers a pause over a rebalance: resume it in any case
-            self._call(lane.start)
+        for begun in self._consumer.begin_at_committed(partitions, lambda: self._stop_seconds is not None):
+            number = begun.partition
+            self._token += 1
+            progress = self._progress_of(begun)
+            owner = self._watcher.new_owner(begun, progress, self._token, self._space.set)
+            self._owners[number] = owner
+            self._tokens[number] = self._token
+            self._committed.pop(number, None)
+            self._paused.add(number)  # the client remembers a pause over a rebalance: resume it in any case
+            self._call(owner.start)
+            self._watcher.assigned(owner)
+
+    def _progress_of(self, begun: Begun) -> Progress:
+        """How far the group had come. A commit that another tool made is a replay up to the end of now; that is committed
+        before anything is handled again, or a crash would begin another replay."""
+        if begun.committed is None:
+            return Progress()
+        progress = decode_metadata(begun.metadata)
+        if progress is not None:
+            return progress
+        try:
+            end = self._consumer.end_offset(self._topic, begun.partition)
+        except KafkaException:
+            end = begun.committed  # nothing is known to be repeated
+        progress = Progress(replay=Replay(time.time_ns() // 1_000_000, begun.committed, end, end))
+        position = TopicPartition(self._topic, begun.partition, begun.committed, encode_metadata(progress))
+        self._consumer.commit_now([position])
+        logger.info(
+            "replay_begins topic=%s partition=%d from=%d until=%d", self._topic, begun.partition, begun.committed, end
+        )
+        return progress
 
     def _revoked(self, partitions: list[TopicPartition]) -> None:
         gone = self._take_away(partitions)
         deadline = time.monotonic() + REVOKE_SECONDS
-        self._stop_lanes(gone)
+        self._stop_owners(gone)
         self._wait_stopped(gone, deadline, time.sleep)
         self._consumer.commit_now(self._news(gone))
 
     def _lost(self, partitions: list[TopicPartition]) -> None:
         gone = self._take_away(partitions)
-        self._stop_lanes(gone)
+        self._stop_owners(gone)
 
-    def _take_away(self, partitions: list[TopicPartition]) -> dict[int, Lane]:
+    def _take_away(self, partitions: list[TopicPartition]) -> dict[int, Owner]:
         numbers = [place.partition for place in partitions]
         self._paused.difference_update(numbers)
-        return {number: self._lanes.pop(number) for number in numbers if number in self._lanes}
+        gone = {number: self._owners.pop(number) for number in numbers if number in self._owners}
+        for owner in gone.values():
+            self._watcher.taken_away(owner)
+        return gone
 
     # Stopping
 
     def _stop(self, seconds: float) -> None:
-        """The lanes finish while the thread goes on polling: the group must not think that this member is gone."""
+        """The owners finish while the thread goes on polling: the group must not think that this member is gone."""
         deadline = time.monotonic() + seconds
-        self._stop_lanes(self._lanes)
-        self._wait_stopped(self._lanes, deadline, self._consumer.poll_paused)
-        self._commit_last(self._lanes)
-        self._lanes.clear()
+        self._stop_owners(self._owners)
+        self._wait_stopped(self._owners, deadline, self._consumer.poll_paused)
+        self._commit_last(self._owners)
+        for owner in self._owners.values():
+            self._watcher.taken_away(owner)
+        self._owners.clear()
 
-    def _stop_lanes(self, lanes: dict[int, Lane]) -> None:
-        for lane in lanes.values():
-            self._call(lane.stop)
+    def _stop_owners(self, owners: dict[int, Owner]) -> None:
+        for owner in owners.values():
+            self._call(owner.stop)
 
-    def _wait_stopped(self, lanes: dict[int, Lane], deadline: float, meanwhile: Callable[[float], None]) -> None:
-        while any(not lane.stopped.is_set() for lane in list(lanes.values())):
+    def _wait_stopped(self, owners: dict[int, Owner], deadline: float, meanwhile: Callable[[float], None]) -> None:
+        while any(not owner.stopped.is_set() for owner in list(owners.values())):
             if time.monotonic() > deadline:
-                for lane in lanes.values():
-                    if not lane.stopped.is_set():
-                        logger.warning("handler_cut_off topic=%s partition=%d", self._topic, lane.partition)
-                        self._call(lane.cancel)
+                for owner in owners.values():
+                    if not owner.stopped.is_set():
+                        logger.warning("handler_cut_off topic=%s partition=%d", self._topic, owner.partition)
+                        self._call(owner.cancel)
                 return
             meanwhile(0.01)
 
-    def _commit_last(self, lanes: dict[int, Lane]) -> None:
-        self._commit(lanes)
+    def _commit_last(self, owners: dict[int, Owner]) -> None:
+        self._commit(owners)
         deadline = time.monotonic() + LAST_COMMIT_SECONDS
         while self._consumer.commits_under_way:
             if time.monotonic() > deadline:
@@ -204,29 +288,36 @@ class ConsumerThread:
 
     # Committing
 
-    def _commit(self, lanes: dict[int, Lane]) -> None:
+    def _commit(self, owners: dict[int, Owner]) -> None:
         """What has changed since the last time, if that was answered."""
         if not self._consumer.commits_under_way:
-            self._consumer.commit_soon(self._news(lanes))
+            self._consumer.commit_soon(self._news(owners))
 
-    def _news(self, lanes: dict[int, Lane]) -> list[TopicPartition]:
+    def _news(self, owners: dict[int, Owner]) -> list[TopicPartition]:
         news = []
-        for number, lane in lanes.items():
-            frontier = lane.frontier
-            if frontier is not None and self._committed.get(number) != (frontier, lane.metadata):
-                position = self._committed[number] = (frontier, lane.metadata)
+        for number, owner in owners.items():
+            position = owner.committable
+            if position is not None and self._committed.get(number) != position and not self._commits_first:
+                self._committed[number] = position
                 news.append(TopicPartition(self._topic, number, *position))
+        if news:
+            crash_point.reached("before_commit")
         return news
 
-
-def _add_all(work: list[tuple[Lane, list[Message]]]) -> None:
-    for lane, batch in work:
-        lane.add(batch)
-
-
-def _is_full(lane: Lane) -> bool:
-    return lane.taken - lane.done >= FULL_EVENTS or lane.taken_bytes - lane.done_bytes >= FULL_BYTES
+    def _acknowledged(self, places: list[TopicPartition]) -> None:
+        crash_point.reached("after_commit")
+        for place in places:
+            self._watcher.committed(place.partition, self._tokens.get(place.partition, 0), place.offset)
 
 
-def _is_half_empty(lane: Lane) -> bool:
-    return lane.taken - lane.done <= FULL_EVENTS // 2 and lane.taken_bytes - lane.done_bytes <= FULL_BYTES // 2
+def _add_all(work: list[tuple[Owner, list[Message]]]) -> None:
+    for owner, batch in work:
+        owner.add(batch)
+
+
+def _is_full(owner: Owner) -> bool:
+    return owner.taken - owner.done >= FULL_EVENTS or owner.taken_bytes - owner.done_bytes >= FULL_BYTES
+
+
+def _is_half_empty(owner: Owner) -> bool:
+    return owner.taken - owner.done <= FULL_EVENTS // 2 and owner.taken_bytes - owner.done_bytes <= FULL_BYTES // 2

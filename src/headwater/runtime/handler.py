@@ -7,17 +7,25 @@ The first parameter's type says which events it is for: one class, or a union; e
 skipped. A parameter annotated UnitOfWork gets one around the call, one annotated Envelope the event's envelope. What
 the handler returns is published: through the outbox with a unit of work, else acknowledged before the event counts as
 handled. Sync functions run in a thread.
+
+A first parameter `list[OrderCreated]` makes it a batch handler: it returns None when all are handled, or one outcome for
+each: None, an event to publish, or an exception.
 """
 
 import inspect
 import types
 import typing
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from headwater.event.codec import Decoder
 from headwater.event.envelope import Envelope
 from headwater.event.topic import Topic
+from headwater.runtime.owner import Policy
+from headwater.runtime.retry import Delivery, Errors, FailureKinds, GivingUp, Retry
+from headwater.runtime.retry_topic import dead_topic, retry_topic
+from headwater.settings import duration_seconds
 from headwater.store.unit_of_work import UnitOfWork
 
 Function = Callable[..., Any]
@@ -27,9 +35,49 @@ class InvalidHandler(TypeError):
     """A function that can't be a handler; the message says what to change."""
 
 
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """What a handler's lag in seconds should stay under, and where it alarms."""
+
+    target: str
+    alarm: str
+
+    @property
+    def target_seconds(self) -> float:
+        return duration_seconds(self.target)
+
+    @property
+    def alarm_seconds(self) -> float:
+        return duration_seconds(self.alarm)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a handler is run: see `App.handler`."""
+
+    delivery: Delivery = Delivery.AT_LEAST_ONCE
+    retry: Retry | None = field(default_factory=Retry)
+    giving_up: GivingUp = GivingUp.SKIP
+    poison: Errors = ()
+    conflict: Errors = ()
+    unavailable: Errors = ()
+    concurrency: int = 100
+    threads: int = 8
+    batch: int = 500
+    tier: Tier | None = None
+    group_protocol: str | None = None
+    outside_effects: bool = False
+    on_gap: str = "stop"
+    transaction_records: int = 1000
+
+
 class Handler:
-    def __init__(self, function: Function, topic: Topic, group: str) -> None:
+    def __init__(self, function: Function, topic: Topic, group: str, options: Options | None = None) -> None:
         """Raises InvalidHandler."""
+        self.options = options or Options()
+        self.delivery = self.options.delivery
+        self.batch = 0
+        """How many events it gets at most, when it is a batch handler; else 0."""
         self.function = function
         self.topic = topic
         self.group = group
@@ -41,11 +89,56 @@ class Handler:
         """The event classes that it says it returns."""
         self.classes = self._inspect()
         self.decoder = Decoder(self.classes)
+        self._check_options()
 
     @property
     def dead_topic(self) -> str:
-        """Where the records go that can't be decoded."""
-        return f"{self.topic.name}.{self.group}.dead"
+        """Where the events go that were given up on."""
+        return dead_topic(self.topic.name, self.group)
+
+    @property
+    def retry_topic(self) -> str:
+        """Where the events wait that failed, and those behind them."""
+        return retry_topic(self.topic.name, self.group)
+
+    def policy(self) -> Policy:
+        options = self.options
+        return Policy(
+            self.name,
+            options.retry,
+            options.giving_up,
+            FailureKinds(options.poison, options.conflict, options.unavailable),
+            settles_first=self.delivery is Delivery.AT_MOST_ONCE,
+            batch=self.batch,
+            outside_effects=options.outside_effects,
+        )
+
+    def _check_options(self) -> None:
+        options = self.options
+        for name, value in (("concurrency", options.concurrency), ("threads", options.threads), ("batch", options.batch),
+                            ("transaction_records", options.transaction_records)):  # fmt: skip
+            if value < 1:
+                raise InvalidHandler(f"the handler {self.name} has {name}={value}: at least 1 is needed.")
+        if options.group_protocol not in (None, "classic", "consumer"):
+            raise InvalidHandler(
+                f"the handler {self.name} has group_protocol={options.group_protocol!r}: classic or consumer."
+            )
+        if options.on_gap not in ("stop", "skip"):
+            raise InvalidHandler(f"the handler {self.name} has on_gap={options.on_gap!r}: stop or skip.")
+        if self.delivery is Delivery.EFFECTIVELY_ONCE and self.uow_parameter is None:
+            raise InvalidHandler(
+                f"the handler {self.name} is effectively_once, but takes no UnitOfWork: its effect happens once because it "
+                "shares a transaction with the inbox. Add a parameter `uow: UnitOfWork`, and write through it."
+            )
+        if self.delivery is Delivery.EXACTLY_ONCE and self.uow_parameter is not None:
+            raise InvalidHandler(
+                f"the handler {self.name} is exactly_once, which covers what it returns, and takes a UnitOfWork, which it "
+                "doesn't cover: use effectively_once."
+            )
+        if self.delivery is Delivery.EXACTLY_ONCE and options.retry is None:
+            raise InvalidHandler(
+                f"the handler {self.name} is exactly_once, which needs a retry policy: retry=Retry(...)."
+            )
 
     def arguments(self, envelope: Envelope, uow: UnitOfWork | None) -> dict[str, object]:
         extra: dict[str, object] = {}
@@ -66,24 +159,40 @@ class Handler:
                 f"the handler {self.name} must say which events it takes: annotate its first parameter with a class of "
                 f"{self.topic.name}."
             )
+        wanted = hints[parameters[0]]
+        if typing.get_origin(wanted) in (list, Sequence):
+            self.batch = self.options.batch
+            (wanted,) = typing.get_args(wanted)
         for name in parameters[1:]:
             if hints.get(name) is UnitOfWork:
                 self.uow_parameter = name
-            elif hints.get(name) is Envelope:
+            elif hints.get(name) is Envelope and not self.batch:
                 self.envelope_parameter = name
             else:
                 raise InvalidHandler(
                     f"the handler {self.name} has the parameter {name!r}, which nothing is known for: annotate it with "
                     "UnitOfWork or Envelope, or leave it out."
                 )
-        self.returns = [cls for cls in _choices(hints.get("return")) if isinstance(cls, type) and cls is not type(None)]
-        classes = _choices(hints[parameters[0]])
+        self.returns = [
+            cls
+            for cls in _choices(_element(hints.get("return")) if self.batch else hints.get("return"))
+            if isinstance(cls, type) and cls is not type(None) and not issubclass(cls, BaseException)
+        ]
+        classes = _choices(wanted)
         for cls in classes:
             if cls not in self.topic.events:
                 raise InvalidHandler(
                     f"the handler {self.name} takes {getattr(cls, '__name__', cls)}, which {self.topic.name} doesn't list."
                 )
         return classes
+
+
+def _element(hint: Any) -> Any:
+    """Of a list of outcomes, or of such a list or None."""
+    for choice in _choices(hint):
+        if typing.get_origin(choice) in (list, Sequence):
+            return typing.get_args(choice)[0]
+    return None
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -1,352 +1,277 @@
-"""A lane: the events of one assigned partition, handled one after the other.
+"""Lanes: one queue per key, and which event of a key may go when. State only, no I/O; its owner drives it.
 
-Promise   Events are handled in the order of their offsets. An event counts as settled when its handler has returned and
-          what it returned is published; the frontier, the first offset that is not settled, is all that is ever
-          committed. A handler that raises is tried again, the same event, with growing pauses; the partition waits, and
-          says so in its committed metadata. Nothing is skipped but what can't be decoded.
-Not       More than one event of a partition at a time.
+A lane exists while its key has something at work, waiting or parked. The rules by which an event from the source
+enters (offset o, key k), in this order:
 
-A lane belongs to one assignment of its partition: after a revoke it handles nothing more, and a new one begins.
+    1. o is parked in k                                     settled
+    2. k has parked events, and o is before the first       settled: what was parked proves that the earlier ones are
+    3. o is at or below the floor of k                      settled: it was handled after having been parked
+    4. k has parked events, or is about to have some        parked, behind them
+    5. else                                                 handled, or queued behind the event at work
+
+Parked events are tried again smallest offset first; the order is that of the source, never that of the retry topic.
+The proof, and the search for counterexamples with a rule taken out: tests/runtime/test_model.py.
 """
 
-import asyncio
-import logging
-import threading
-import time
+from array import array
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor
-from contextvars import copy_context
-from typing import NamedTuple, Protocol
+from enum import Enum
+from typing import Generic, NamedTuple, TypeVar
 
-import msgspec
+E = TypeVar("E")
+"""An event as its owner keeps it: not looked into here."""
 
-from headwater.event.codec import Undecodable, Unknown
-from headwater.event.envelope import Cause, Envelope, set_cause
-from headwater.kafka.consumer import Message
-from headwater.runtime.handler import Handler
-from headwater.store.unit_of_work import UnitOfWork
+Key = bytes | int
+"""A record's key; its offset where it has none: it stands alone and delays nobody."""
 
-logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_SECONDS = 0.1
-LONGEST_PAUSE_SECONDS = 30.0
-TURN_SECONDS = 0.005  # of handlers that never wait, before others have their turn
-MAX_ERROR = 1000
-METADATA_PREFIX = "hw1:"
-MAX_METADATA = 4000  # Kafka's limit is 4,096 (offset.metadata.max.bytes)
+NO_OFFSET = -1
 
 
-class Waiting(msgspec.Struct, frozen=True):
-    """Why a partition does not go on, as it stands in the committed metadata."""
+class Verdict(Enum):
+    """What becomes of an event that arrives."""
 
-    offset: int
+    SETTLED = "it was handled or parked before"
+    RUN = "it is handled now"
+    QUEUED = "it waits behind others of its key"
+    PARK = "it waits to be parked, and nobody parks for its key at the moment"
+
+
+class Attempted(NamedTuple):
+    """What is known of a parked event that has failed."""
+
     attempts: int
+    due_ms: int
+    first_failed_ms: int
+    kind: str
     error: str
-    since_ms: int
+    held: int = NO_OFFSET
+    """The offset of its dead letter, when the key is held; else NO_OFFSET."""
+    is_redriven: bool = False
+    generation: int = 0
+    """Of the inbox; not 0 for what was first tried inside a replay."""
 
 
-class HandlerFailed(NamedTuple):
-    """A sync handler raised, in its thread."""
+class Parked:
+    """The parked offsets of a key, ascending, each with its place in the retry topic: 16 bytes each."""
 
-    error: Exception
+    def __init__(self) -> None:
+        self._offsets = array("q")
+        self._places = array("q")
+        self._first = 0
+        self.attempted: dict[int, Attempted] = {}
+        """Of those that have been tried; the others wait behind them."""
 
+    def __len__(self) -> int:
+        return len(self._offsets) - self._first
 
-class Effects(Protocol):
-    """What a lane needs of its application."""
-
-    def unit_of_work(self) -> UnitOfWork:
-        """On a new async session, which is closed by `release`."""
-
-    def sync_unit_of_work(self) -> UnitOfWork: ...
-
-    async def release(self, uow: UnitOfWork) -> None: ...
-
-    def publish(self, event: object) -> Awaitable[object]: ...
-
-    def publish_sync(self, event: object) -> object: ...
-
-    async def dead_letter(self, handler: Handler, message: Message, reason: str) -> None: ...
-
-
-class Lane:
-    def __init__(
-        self,
-        handler: Handler,
-        partition: int,
-        effects: Effects,
-        executor: Executor,
-        space: Callable[[], None],
-        failed: Callable[[Exception], None],
-    ) -> None:
-        """`space` is called when buffered events were handled, `failed` when the lane itself breaks."""
-        self.partition = partition
-        self.frontier: int | None = None
-        """The first offset that is not settled; None before the first event. Read by the consumer thread."""
-        self.waiting: Waiting | None = None
-        self.taken = 0
-        self.taken_bytes = 0
-        """Handed over so far; counted by the consumer thread, which bounds what is taken and not done."""
-        self.done = 0
-        self.done_bytes = 0
-        self.stopped = threading.Event()
-        self._handler = handler
-        self._effects = effects
-        self._executor = executor
-        self._space = space
-        self._failed = failed
-        self._queue: deque[list[Message]] = deque()
-        self._wake = asyncio.Event()
-        self._stopping = asyncio.Event()
-        self._is_stopping = False
-        self._is_cancelled = False
-        self._task: asyncio.Task[None] | None = None
+    def __contains__(self, offset: int) -> bool:
+        i = bisect_left(self._offsets, offset, self._first)
+        return i < len(self._offsets) and self._offsets[i] == offset
 
     @property
-    def metadata(self) -> str:
-        """What goes with the committed offset."""
-        waiting = self.waiting
-        if waiting is None:
-            return METADATA_PREFIX
-        text = METADATA_PREFIX + msgspec.json.encode(waiting).decode()
-        if len(text) > MAX_METADATA:
-            short = msgspec.structs.replace(waiting, error=waiting.error[:500] + "...")
-            text = METADATA_PREFIX + msgspec.json.encode(short).decode()
-        return text
+    def smallest(self) -> int:
+        return self._offsets[self._first]
 
-    def start(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._run())
+    @property
+    def place(self) -> int:
+        """Of the smallest."""
+        return self._places[self._first]
 
-    def add(self, messages: list[Message]) -> None:
-        if not self._is_stopping:
-            self._queue.append(messages)
-            self._wake.set()
+    @property
+    def attempt(self) -> Attempted | None:
+        """Of the smallest; None when it waits only because others of its key do."""
+        return self.attempted.get(self.smallest)
 
-    def stop(self) -> None:
-        """Begin no further event; `stopped` is set when the one at work is done."""
-        self._is_stopping = True
-        self._stopping.set()
-        self._wake.set()
-
-    def cancel(self) -> None:
-        """The time for stopping is over: an async handler is cancelled, its event stays unsettled."""
-        self._is_cancelled = True
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _run(self) -> None:
-        try:
-            while not self._is_stopping:
-                if not self._queue:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                messages = self._queue.popleft()
-                if self._handler.is_async:
-                    await self._handle_async(messages)
-                else:
-                    await self._handle_sync(messages)
-                self.done += len(messages)
-                self.done_bytes += sum(len(message.value() or b"") for message in messages)
-                self._space()
-                await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            logger.warning("handler_cancelled handler=%s partition=%d", self._handler.name, self.partition)
-        except Exception as error:
-            logger.exception("lane_failed handler=%s partition=%d", self._handler.name, self.partition)
-            self._failed(error)  # a partition that stands still in silence would be worse than an end
-        finally:
-            self.stopped.set()
-
-    # Async handlers
-
-    async def _handle_async(self, messages: list[Message]) -> None:
-        handler = self._handler
-        decode, function = handler.decoder.decode, handler.function
-        plain = handler.uow_parameter is None and handler.envelope_parameter is None
-        turn_ends = time.perf_counter() + TURN_SECONDS
-        for message in messages:
-            if self._is_stopping:
-                return
-            if time.perf_counter() > turn_ends:  # handlers that never wait must not keep the loop to themselves
-                await asyncio.sleep(0)
-                turn_ends = time.perf_counter() + TURN_SECONDS
-            if message.value() is None and handler.topic.is_compacted:
-                self.frontier = _after(message)  # a tombstone: it says that there is no event any more
-                continue
-            try:
-                envelope = decode(message.value())
-            except Unknown:
-                self.frontier = _after(message)
-                continue
-            except Undecodable as reason:
-                await self._dead_letter(message, str(reason))
-                continue
-            set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
-            if plain:
-                try:
-                    result = await function(envelope.data)
-                    if result is not None:
-                        await self._effects.publish(result)
-                    self.frontier = _after(message)
-                    continue
-                except Exception as error:
-                    first: BaseException | None = error
-                except asyncio.CancelledError as error:
-                    if self._is_cancelled:
-                        raise
-                    first = error  # the handler's own: a failure like any other
+    def add(self, offset: int, place: int, attempted: Attempted | None) -> None:
+        """New, or written again."""
+        if not len(self) or offset > self._offsets[-1]:
+            self._offsets.append(offset)
+            self._places.append(place)
+        else:
+            i = bisect_left(self._offsets, offset, self._first)
+            if self._offsets[i] == offset:
+                self._places[i] = place
             else:
-                first = None
-            if not await self._until_handled(message, lambda e=envelope: self._call_async(e), first):  # type: ignore[misc]
-                return
-            self.frontier = _after(message)
+                self._offsets.insert(i, offset)
+                self._places.insert(i, place)
+        if attempted is not None:
+            self.attempted[offset] = attempted
+        else:
+            self.attempted.pop(offset, None)
 
-    async def _call_async(self, envelope: Envelope) -> None:
-        handler, effects = self._handler, self._effects
-        if handler.uow_parameter is None:
-            result = await handler.function(envelope.data, **handler.arguments(envelope, None))
-            if result is not None:
-                await effects.publish(result)
-            return
-        uow = effects.unit_of_work()
-        try:
-            async with uow:
-                result = await handler.function(envelope.data, **handler.arguments(envelope, uow))
-                if result is not None:
-                    uow.publish(result)
-        finally:
-            await effects.release(uow)
+    def remove(self, offset: int) -> bool:
+        """Whether it was there."""
+        if offset not in self:
+            return False
+        if offset == self.smallest:
+            self.remove_smallest()
+        else:
+            i = bisect_left(self._offsets, offset, self._first)
+            del self._offsets[i], self._places[i]
+            self.attempted.pop(offset, None)
+        return True
 
-    # Sync handlers: a whole batch goes to a thread, and comes back at its end or at the first event that fails
-
-    async def _handle_sync(self, messages: list[Message]) -> None:
-        loop = asyncio.get_running_loop()
-        start = 0
-        while start < len(messages) and not self._is_stopping:
-            context = copy_context()
-            start, trouble = await loop.run_in_executor(
-                self._executor, context.run, self._handle_in_thread, messages, start
-            )
-            if trouble is None:
-                continue
-            message = messages[start]
-            if isinstance(trouble, Undecodable):
-                await self._dead_letter(message, str(trouble))
-            elif isinstance(trouble, HandlerFailed):
-                envelope = self._handler.decoder.decode(message.value())
-
-                async def again(envelope: Envelope = envelope) -> None:
-                    await loop.run_in_executor(self._executor, copy_context().run, self._call_sync, envelope)
-
-                if not await self._until_handled(message, again, trouble.error):
-                    return
-                self.frontier = _after(message)
-            start += 1
-
-    def _handle_in_thread(self, messages: list[Message], start: int) -> tuple[int, Undecodable | HandlerFailed | None]:
-        """How far it came, and what stopped it."""
-        decode = self._handler.decoder.decode
-        for i in range(start, len(messages)):
-            if self._is_stopping:
-                return i, None
-            message = messages[i]
-            if message.value() is not None or not self._handler.topic.is_compacted:
-                try:
-                    envelope = decode(message.value())
-                except Unknown:
-                    self.frontier = _after(message)
-                    continue
-                except Undecodable as error:
-                    return i, error
-                try:
-                    self._call_sync(envelope)
-                except Exception as error:
-                    return i, HandlerFailed(error)
-            self.frontier = _after(message)
-        return len(messages), None
-
-    def _call_sync(self, envelope: Envelope) -> None:
-        handler, effects = self._handler, self._effects
-        set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
-        if handler.uow_parameter is None:
-            result = handler.function(envelope.data, **handler.arguments(envelope, None))
-            if result is not None:
-                effects.publish_sync(result)
-            return
-        uow = effects.sync_unit_of_work()
-        try:
-            with uow:
-                result = handler.function(envelope.data, **handler.arguments(envelope, uow))
-                if result is not None:
-                    uow.publish(result)
-        finally:
-            uow.sync_session.close()
-
-    # Failures
-
-    async def _until_handled(
-        self, message: Message, call: Callable[[], Awaitable[None]], error: BaseException | None
-    ) -> bool:
-        """Call until it succeeds; False when the lane is stopped before. `error` is that of a call already made."""
-        attempts, pause = 0, FIRST_PAUSE_SECONDS
-        since_ms = round(time.time() * 1000)
-        while True:
-            if error is None:
-                try:
-                    await call()
-                    if self.waiting is not None:
-                        logger.info(
-                            "handler_recovered handler=%s partition=%d offset=%d attempts=%d",
-                            self._handler.name, self.partition, message.offset(), attempts + 1,
-                        )  # fmt: skip
-                        self.waiting = None
-                    return True
-                except Exception as raised:
-                    error = raised
-                except asyncio.CancelledError as raised:
-                    if self._is_cancelled:
-                        raise
-                    error = raised
-            attempts += 1
-            self.frontier = _after(message) - 1
-            self.waiting = Waiting(self.frontier, attempts, _said_by(error), since_ms)
-            logger.warning(
-                "handler_failed handler=%s topic=%s partition=%d offset=%d attempt=%d next_try_seconds=%.1f error=%s",
-                self._handler.name, self._handler.topic.name, self.partition, message.offset(), attempts, pause,
-                self.waiting.error, exc_info=error if attempts == 1 else None,
-            )  # fmt: skip
-            error = None
-            try:
-                await asyncio.wait_for(self._stopping.wait(), pause)
-                return False
-            except TimeoutError:
-                pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
-
-    async def _dead_letter(self, message: Message, reason: str) -> None:
-        """What can't be decoded now can't be decoded later: set aside, byte for byte, and go on."""
-        logger.error(
-            "event_undecodable handler=%s topic=%s partition=%d offset=%d reason=%s",
-            self._handler.name, self._handler.topic.name, self.partition, message.offset(), reason,
-        )  # fmt: skip
-
-        async def set_aside() -> None:
-            await self._effects.dead_letter(self._handler, message, reason)
-
-        if await self._until_handled(message, set_aside, None):
-            self.frontier = _after(message)
+    def remove_smallest(self) -> None:
+        self.attempted.pop(self.smallest, None)
+        self._first += 1
+        if self._first > 1024 and self._first * 2 > len(self._offsets):  # give the memory back now and then
+            del self._offsets[: self._first], self._places[: self._first]
+            self._first = 0
 
 
-def _after(message: Message) -> int:
-    """The offset behind the record."""
-    return (message.offset() or 0) + 1
+class Lane(Generic[E]):
+    """One key. `queue` waits for its turn: behind the event at work, or to be parked."""
+
+    __slots__ = ("is_at_work", "is_parking", "is_retrying", "key", "parked", "queue")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.queue: deque[tuple[int, E]] | None = None
+        self.parked: Parked | None = None
+        self.is_at_work = True
+        self.is_parking = False
+        self.is_retrying = False
 
 
-def _said_by(error: BaseException) -> str:
-    """The error's own words, in a form that can be committed, logged and shown whatever they are."""
-    try:
-        words = str(error)
-    except Exception:
-        words = "(it can't be put in words)"
-    text = f"{type(error).__name__}: {words}"[:MAX_ERROR]
-    return text.encode("utf-8", "replace").decode().replace("\0", " ")
+class Lanes(Generic[E]):
+    """All lanes of one partition under one owner."""
+
+    def __init__(self, *, replayed_below: int = 0) -> None:
+        """replayed_below: rules 2 and 3 are off up to this offset, where events are meant to be handled again."""
+        self.by_key: dict[Key, Lane[E]] = {}
+        self.parked_keys = 0
+        self._floors: dict[Key, int] = {}
+        self._replayed_below = replayed_below
+
+    # Events from the source
+
+    def arrive(self, offset: int, key: Key, event: E) -> tuple[Verdict, Lane[E] | None]:
+        lane = self.by_key.get(key)
+        if lane is None:
+            if self._floors and self._is_below_floor(offset, key):
+                return Verdict.SETTLED, None
+            lane = self.by_key[key] = Lane(key)
+            return Verdict.RUN, lane
+        if lane.parked and self._is_settled(offset, lane.parked):
+            return Verdict.SETTLED, lane
+        if self._floors and self._is_below_floor(offset, key):
+            return Verdict.SETTLED, lane
+        if lane.queue is None:
+            lane.queue = deque()
+        lane.queue.append((offset, event))
+        if (lane.parked or lane.is_retrying) and not lane.is_at_work and not lane.is_parking:
+            return Verdict.PARK, lane
+        return Verdict.QUEUED, lane
+
+    def _is_settled(self, offset: int, parked: Parked) -> bool:
+        """Rules 1 and 2."""
+        return offset in parked or (offset < parked.smallest and offset >= self._replayed_below)
+
+    def _is_below_floor(self, offset: int, key: Key) -> bool:
+        """Rule 3."""
+        return self._replayed_below <= offset <= self._floors.get(key, NO_OFFSET)
+
+    def next_of(self, lane: Lane[E]) -> tuple[int, E] | None:
+        """The event at work is settled: the one behind it, if the lane goes on; None when its owner lets go of it.
+
+        A key that got parked events meanwhile (a redrive) does not go on: its queue is to be parked.
+        """
+        if lane.queue and not lane.parked:
+            return lane.queue.popleft()
+        lane.is_at_work = False
+        self._free(lane)
+        return None
+
+    def _free(self, lane: Lane[E]) -> None:
+        if not (lane.is_at_work or lane.is_parking or lane.is_retrying or lane.queue or lane.parked):
+            del self.by_key[lane.key]
+
+    # Parking
+
+    def begin_parking(self, lane: Lane[E], first: tuple[int, E] | None = None) -> None:
+        """From now on what comes for the key waits to be parked. first: the event at work, which goes before them."""
+        if lane.queue is None:
+            lane.queue = deque()
+        if first is not None:
+            lane.queue.appendleft(first)
+        lane.is_at_work = False
+        lane.is_parking = True
+
+    def next_to_park(self, lane: Lane[E]) -> tuple[int, E] | None:
+        """One at a time: each is sent after the one before was acknowledged."""
+        assert lane.is_parking
+        return lane.queue[0] if lane.queue else None
+
+    def is_parked(self, lane: Lane[E], offset: int, place: int, attempted: Attempted | None) -> None:
+        """The record is acknowledged; it was the first of the queue, or is written again."""
+        if lane.is_parking and lane.queue and lane.queue[0][0] == offset:
+            lane.queue.popleft()
+        self._add(lane, offset, place, attempted)
+
+    def _add(self, lane: Lane[E], offset: int, place: int, attempted: Attempted | None) -> None:
+        if lane.parked is None:
+            lane.parked = Parked()
+        if not lane.parked:
+            self.parked_keys += 1
+        lane.parked.add(offset, place, attempted)
+
+    def end_parking(self, lane: Lane[E]) -> None:
+        lane.is_parking = False
+        self._free(lane)
+
+    def load(self, key: Key, offset: int, place: int, attempted: Attempted | None) -> Lane[E]:
+        """A parked record was found at the takeover, or is put back by a redrive."""
+        lane = self.by_key.get(key)
+        if lane is None:
+            lane = self.by_key[key] = Lane(key)
+            lane.is_at_work = False
+        self._add(lane, offset, place, attempted)
+        return lane
+
+    def unload(self, key: Key, offset: int) -> None:
+        """A done record was found at the takeover."""
+        lane = self.by_key.get(key)
+        if lane is not None and lane.parked and lane.parked.remove(offset) and not lane.parked:
+            self.parked_keys -= 1
+            self._free(lane)
+
+    def holds(self, key: Key, offset: int) -> bool:
+        """Whether it is parked."""
+        lane = self.by_key.get(key)
+        return lane is not None and lane.parked is not None and offset in lane.parked
+
+    def is_busy(self, lane: Lane[E], offset: int) -> bool:
+        """Whether something is under way that could be about this event."""
+        if lane.is_at_work or lane.is_retrying:
+            return True
+        return lane.is_parking and any(queued == offset for queued, _ in lane.queue or ())
+
+    # Parked events
+
+    def begin_retry(self, lane: Lane[E]) -> int:
+        """The smallest parked offset is being tried."""
+        assert lane.parked
+        assert not lane.is_retrying
+        lane.is_retrying = True
+        return lane.parked.smallest
+
+    def is_done(self, lane: Lane[E], offset: int) -> None:
+        """It was handled, dead-lettered or discarded, and that is acknowledged: the next one's turn.
+
+        It was the smallest when it began; a redrive may have put an earlier one before it.
+        """
+        assert lane.parked
+        assert lane.parked.remove(offset)
+        if not lane.parked:
+            self.parked_keys -= 1
+        self._floors[lane.key] = max(offset, self._floors.get(lane.key, NO_OFFSET))
+
+    def end_retry(self, lane: Lane[E]) -> None:
+        lane.is_retrying = False
+        self._free(lane)
+
+    def forget_floors(self, position: int) -> None:
+        """Those below the next offset that arrives: nothing at or below them can come again to this owner."""
+        if self._floors:
+            self._floors = {key: floor for key, floor in self._floors.items() if floor >= position}

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -39,9 +40,7 @@ GAPLESS = {"enable.gapless.guarantee": "true", "linger.ms": "1", "log_level": "3
 class Relay:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
-        self._settings = Settings(
-            settings.bootstrap_servers, settings.database_url, settings.create_topics, {**settings.kafka, **GAPLESS}
-        )
+        self._settings = replace(settings, kafka={**settings.kafka, **GAPLESS})
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._lock_file: int | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -64,6 +65,27 @@ class Database:
             await self.async_engine.dispose()
         if "engine" in self.__dict__:
             self.engine.dispose()
+
+
+# PostgreSQL's classes of a server that can't serve: connection exceptions, too many connections, shutting down.
+UNAVAILABLE_STATES = ("08", "53300", "57P")
+UNAVAILABLE_WORDS = ("unable to open database file", "disk i/o error", "database or disk is full")  # SQLite's
+
+
+def is_unavailable(error: BaseException) -> bool:
+    """Whether the database can't be reached or can't serve, so that nothing else would work either."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated or isinstance(error, InterfaceError):
+        return True
+    if not isinstance(error, OperationalError):
+        return False
+    state = getattr(error.orig, "sqlstate", None)
+    if state is not None:
+        return str(state).startswith(UNAVAILABLE_STATES)
+    if type(error.orig).__module__.startswith("psycopg"):
+        return True  # no answer from the server at all
+    return any(words in str(error.orig).lower() for words in UNAVAILABLE_WORDS)
 
 
 def _prepare_sqlite(engine: Engine) -> None:

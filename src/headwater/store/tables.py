@@ -1,6 +1,7 @@
 """The tables that Headwater keeps in an application's database.
 
 headwater_outbox   events that are to be published: see headwater.store.outbox
+headwater_inbox    events that were handled, by group: see headwater.store.inbox
 """
 
 from sqlalchemy import (
@@ -9,6 +10,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Engine,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -35,6 +37,17 @@ outbox = Table(
     Column("headers", LargeBinary, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     sqlite_autoincrement=True,  # a position that was deleted is not given out again
+)
+
+inbox = Table(
+    "headwater_inbox",
+    metadata,
+    Column("consumer_group", String(249), primary_key=True),
+    Column("event_id", String(400), primary_key=True),
+    Column("generation", BigInteger, primary_key=True, server_default=text("0")),
+    Column("state", String(8), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Index("headwater_inbox_age", "consumer_group", "created_at"),
 )
 
 # Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the

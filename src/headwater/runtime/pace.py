@@ -1,0 +1,171 @@
+"""How much of a handler's work goes at once, over all its partitions in this process: slots, and the outage breaker.
+
+Each key at work takes a slot. While the breaker is open nobody takes one but the probe: an event that had failed, one
+that is parked and due, or one that was not tried yet, in turn, so that one bad event can't keep the breaker open.
+"""
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from headwater.runtime.breaker import Breaker, Outage
+
+logger = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """An owner of a partition, as far as its pace goes."""
+
+    @property
+    def parked_keys(self) -> int: ...
+
+    def go_on(self) -> None:
+        """There is a slot, or the breaker is closed."""
+
+    def offer_probe(self) -> bool:
+        """Begin one event that is not at work, if there is one."""
+
+
+class Pace:
+    def __init__(
+        self, name: str, slots: int, now_ms: Callable[[], int], changed: Callable[[Outage | None], None]
+    ) -> None:
+        """changed: told when the breaker opens and when it closes."""
+        self.breaker = Breaker()
+        self.free = slots
+        self._name = name
+        self._now_ms = now_ms
+        self._changed = changed
+        self._workers: list[Worker] = []
+        self._starved: deque[Worker] = deque()
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn = 0
+        self._chance = random.Random()
+
+    def join(self, worker: Worker) -> None:
+        self._workers.append(worker)
+
+    def leave(self, worker: Worker) -> None:
+        if worker in self._workers:
+            self._workers.remove(worker)
+        if worker in self._starved:
+            self._starved.remove(worker)
+        if not self._workers and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif self._workers:
+            self.probe_again()  # the probe may have gone with it
+
+    # Slots
+
+    def wants_slot(self, worker: Worker) -> None:
+        """It found none free, and is told when one is."""
+        if worker not in self._starved:
+            self._starved.append(worker)
+
+    def release(self) -> None:
+        self.free += 1
+        if self._starved:
+            self._starved.popleft().go_on()
+
+    # The breaker
+
+    def succeeded(self, key: object, epoch: int) -> None:
+        if self.breaker.succeeded(key, epoch):
+            self._closed()
+        elif self.breaker.is_open and epoch == self.breaker.epoch:
+            self._probe_soon(0.0)  # it is open because of parked keys: this one made it less
+
+    def failed(self, key: object, epoch: int, error: str) -> None:
+        """As transient."""
+        self._watch(lambda: self.breaker.failed(key, epoch, error, self._now_ms()))
+
+    def unavailable(self, epoch: int, error: str) -> None:
+        self._watch(lambda: self.breaker.unavailable(epoch, error, self._now_ms()))
+
+    def probe_again(self) -> None:
+        """The probe came to an end that says nothing."""
+        if self.breaker.is_open:
+            self._probe_soon(self.breaker.pause_seconds)
+
+    def count_parked(self) -> None:
+        count = sum(worker.parked_keys for worker in self._workers)
+        closed = False
+
+        def tell() -> None:
+            nonlocal closed
+            closed = self.breaker.parked_keys(count, self._now_ms())
+
+        self._watch(tell)
+        if closed:
+            self._closed()
+
+    def _watch(self, tell: Callable[[], None]) -> None:
+        was_open = self.breaker.is_open
+        tell()
+        if self.breaker.outage is not None:
+            if not was_open:
+                logger.error("breaker_opened handler=%s reason=%s", self._name, self.breaker.outage.reason)
+                self._changed(self.breaker.outage)
+            self._probe_soon(self.breaker.pause_seconds)
+
+    def _closed(self) -> None:
+        logger.info("breaker_closed handler=%s", self._name)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._changed(None)
+        waiters, self._waiters = self._waiters, deque()
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        for worker in list(self._workers):
+            worker.go_on()
+
+    async def wait_for_turn(self) -> None:
+        """While the breaker is open: until it closes, or until this one is the probe."""
+        if self.breaker.is_open:
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+
+    def _probe_soon(self, seconds: float) -> None:
+        if self._timer is None:
+            pause = seconds * self._chance.uniform(0.75, 1.0)
+            self._timer = asyncio.get_running_loop().call_later(pause, self._probe)
+
+    def _probe(self) -> None:
+        """Those that failed and those that did not are asked in turn."""
+        self._timer = None
+        if not self.breaker.is_open:
+            return
+        self._turn += 1
+        asked = (self._probe_waiter, self._probe_other)
+        for ask in asked if self._turn % 2 else asked[::-1]:
+            if ask():
+                return
+        self._probe_soon(self.breaker.pause_seconds)  # nothing is there to try
+
+    def _probe_waiter(self) -> bool:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return True
+        return False
+
+    def _probe_other(self) -> bool:
+        for _ in range(len(self._workers)):
+            worker = self._workers.pop(0)
+            self._workers.append(worker)
+            if worker.offer_probe():
+                return True
+        return False

@@ -1,0 +1,134 @@
+"""The failure contract under random schedules: no counterexample, and with a rule taken out there are some."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from types import MethodType
+
+import pytest
+
+from headwater.runtime.lane import Verdict
+from headwater.runtime.owner import Owner
+from headwater.runtime.retry import GivingUp
+from tests.runtime.model import Options, Violation, run_schedules
+
+OPTIONS = [
+    Options(giving_up, has_inbox, has_breaker)
+    for giving_up in GivingUp
+    for has_inbox in (False, True)
+    for has_breaker in (True, False)
+]
+FIRST_SEED = int(os.environ.get("HEADWATER_TEST_SEED", "0"))
+CHUNK = 500
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_schedule_breaks_a_promise(options: Options) -> None:
+    """S001.16, S002.7, S004.14: C1 to C6 and C8, over crashes, zombies, lost acknowledgements, outages and redrives."""
+    run_schedules(FIRST_SEED, 200, options)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_hundred_thousand_schedules() -> None:
+    """S001.16: the same, at length."""
+    each = 25_000
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        jobs = [
+            pool.submit(run_schedules, first, CHUNK, options)
+            for options in OPTIONS
+            for first in range(FIRST_SEED + 1000, FIRST_SEED + 1000 + each, CHUNK)
+        ]
+        assert sum(job.result() for job in jobs) == each * len(OPTIONS) == 200_000
+
+
+def without_rules_1_and_2(owner: Owner) -> None:
+    owner.lanes._is_settled = lambda offset, parked: False  # type: ignore[method-assign]
+
+
+def without_rule_2(owner: Owner) -> None:
+    owner.lanes._is_settled = lambda offset, parked: offset in parked  # type: ignore[method-assign]
+
+
+def without_rule_3(owner: Owner) -> None:
+    owner.lanes._is_below_floor = lambda offset, key: False  # type: ignore[method-assign]
+
+
+def without_rule_4(owner: Owner) -> None:
+    """Events of a parked key are handled at once."""
+    arrive = owner.lanes.arrive
+
+    def overtake(offset: int, key: object, event: object) -> object:
+        verdict, lane = arrive(offset, key, event)  # type: ignore[arg-type]
+        if verdict is Verdict.PARK and lane is not None and lane.queue:
+            lane.queue.pop()
+            lane.is_at_work = True
+            return Verdict.RUN, lane
+        return verdict, lane
+
+    owner.lanes.arrive = overtake  # type: ignore[method-assign,assignment]
+
+
+def with_others_facts(owner: Owner) -> None:
+    """What zombies write is taken in while running."""
+    read = owner.read_retry_topic
+
+    def take_in(records: object) -> None:
+        was, owner._is_loaded = owner._is_loaded, False
+        try:
+            read(records)  # type: ignore[arg-type]
+        finally:
+            owner._is_loaded = was
+
+    owner.read_retry_topic = take_in  # type: ignore[method-assign,assignment]
+
+
+def with_commits_of_what_is_at_work(owner: Owner) -> None:
+    owner._frontier.take = lambda offsets: owner._frontier.advance(max(offsets) + 1)  # type: ignore[method-assign]
+
+
+def without_hold(owner: Owner) -> None:
+    owner.policy = owner.policy._replace(giving_up=GivingUp.SKIP)
+
+
+def without_waiting_for_the_key(owner: Owner) -> None:
+    """Events of one key go at once."""
+    arrive = owner.lanes.arrive
+
+    def at_once(offset: int, key: object, event: object) -> object:
+        verdict, lane = arrive(offset, offset, event)  # type: ignore[arg-type]
+        return verdict, lane
+
+    owner.lanes.arrive = at_once  # type: ignore[method-assign,assignment]
+
+
+def with_settling_before_the_ack(owner: Owner) -> None:
+    """What is about to be parked counts as settled."""
+    begin = owner._begin_parking
+
+    def too_early(self: Owner, lane: object, event: object = None, attempted: object = None) -> None:
+        if event is not None:
+            owner._frontier.settle(event.offset())  # type: ignore[attr-defined]
+        begin(lane, event, attempted)  # type: ignore[arg-type]
+
+    owner._begin_parking = MethodType(too_early, owner)  # type: ignore[method-assign]
+
+
+WITHOUT: list[tuple[Callable[[Owner], None], Options]] = [
+    (without_rules_1_and_2, Options()),
+    (without_rule_2, Options()),
+    (without_rule_3, Options()),
+    (without_rule_4, Options()),
+    (with_others_facts, Options()),
+    (with_commits_of_what_is_at_work, Options()),
+    (without_hold, Options(GivingUp.HOLD)),
+    (without_waiting_for_the_key, Options()),
+    (with_settling_before_the_ack, Options()),
+]
+
+
+@pytest.mark.parametrize(("rule", "options"), WITHOUT, ids=lambda each: getattr(each, "__name__", ""))
+def test_with_a_rule_taken_out_a_counterexample_is_found(rule: Callable[[Owner], None], options: Options) -> None:
+    """The search can fail: each rule is needed."""
+    with pytest.raises(Violation, match="seed"):
+        run_schedules(0, 5000, options, rule)
