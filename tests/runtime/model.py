@@ -193,7 +193,7 @@ class Process:
         self.owner.read_retry_topic([record for record in records if record is not None])
 
     def commit(self) -> None:
-        self.owner._look()
+        self.owner.look()
         if self.owner.committable is not None:
             frontier, metadata = self.owner.committable
             progress = decode_metadata(metadata)

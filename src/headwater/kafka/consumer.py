@@ -130,25 +130,30 @@ class KafkaConsumer:
         committed offset is no longer in the log. While the broker is away it tries again, until `is_given_up`: then
         nothing is assigned.
         """
-        while True:
-            try:
-                found = self._consumer.committed(partitions, timeout=COMMITTED_SECONDS)
-                break
-            except KafkaException as error:
-                self._tell(f"committed offsets: {error.args[0].str()}")
-            if is_given_up():
-                return []
-        places = [
-            TopicPartition(place.topic, place.partition, place.offset if place.offset >= 0 else OFFSET_BEGINNING)
-            for place in found
-        ]
+        found = self._committed(partitions, is_given_up)
+        places = _beginnings(found)
         if self._is_incremental:
             self._consumer.incremental_assign(places)
         else:
             self._consumer.assign(places)
-        return [
-            Begun(place.partition, place.offset if place.offset >= 0 else None, place.metadata or "") for place in found
-        ]
+        return [_begun(place) for place in found]
+
+    def seek_to_committed(self, partitions: list[TopicPartition], is_given_up: Callable[[], bool]) -> list[Begun]:
+        """Of partitions that are assigned: as if they had just been."""
+        found = self._committed(partitions, is_given_up)
+        for place in _beginnings(found):
+            self._consumer.seek(place)
+        return [_begun(place) for place in found]
+
+    def _committed(self, partitions: list[TopicPartition], is_given_up: Callable[[], bool]) -> list[TopicPartition]:
+        while partitions:
+            try:
+                return list(self._consumer.committed(partitions, timeout=COMMITTED_SECONDS))
+            except KafkaException as error:
+                self._tell(f"committed offsets: {error.args[0].str()}")
+            if is_given_up():
+                break
+        return []
 
     def end_offset(self, topic: str, partition: int) -> int:
         """Raises KafkaException."""
@@ -163,7 +168,7 @@ class KafkaConsumer:
         self._consumer.seek(TopicPartition(topic, partition, offset))
 
     def group_metadata(self) -> object:
-        """For a transaction that commits this group's offsets (KIP-447)."""
+        """For a transaction that commits this group's offsets (KIP-447). In the thread that takes."""
         return self._consumer.consumer_group_metadata()
 
     def take(self, count: int, seconds: float) -> list[Message]:
@@ -249,6 +254,17 @@ class KafkaConsumer:
         closing.join(seconds)
         if closing.is_alive():
             logger.warning("group_not_left group=%s effect=its session runs out", self._group)
+
+
+def _beginnings(found: list[TopicPartition]) -> list[TopicPartition]:
+    return [
+        TopicPartition(place.topic, place.partition, place.offset if place.offset >= 0 else OFFSET_BEGINNING)
+        for place in found
+    ]
+
+
+def _begun(place: TopicPartition) -> Begun:
+    return Begun(place.partition, place.offset if place.offset >= 0 else None, place.metadata or "")
 
 
 class KafkaReader:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ Headers = list[tuple[str, str | bytes | None]]
 
 FLUSH_SECONDS = 20.0
 POLL_SECONDS = 0.1
+RETRY_SECONDS = 30.0
 FULL_SECONDS = 0.005  # between tries while the client's queue is full
 
 
@@ -52,6 +54,11 @@ ALWAYS: dict[str, str | int | bool] = {
     "partitioner": "murmur2_random",
     "message.max.bytes": 104857600,  # the topic's max.message.bytes decides, not the client
 }
+
+
+# The broker waits this long for a process that was killed inside a transaction. The back-off is that between a commit and
+# the next begin, when the coordinator still writes: the client's own 100 ms would be most of a small transaction's time.
+TRANSACTIONAL = {"transaction.timeout.ms": "10000", "retry.backoff.ms": "5", "log_level": "3"}
 
 
 class NotPublished(Exception):
@@ -172,6 +179,47 @@ class KafkaProducer:
                 told = True
                 self._give_up()
                 self._on_fatal(self._fatal)
+
+
+class TransactionalProducer(KafkaProducer):
+    """One transaction after the other; `send` between `begin` and `commit`. Each method raises NotPublished."""
+
+    def __init__(self, settings: Settings, transactional_id: str, seconds: float = 30.0) -> None:
+        super().__init__(
+            replace(settings, kafka={**TRANSACTIONAL, **settings.kafka, "transactional.id": transactional_id}),
+            Profile.THROUGHPUT,
+        )
+        try:
+            self._told(lambda: self._producer.init_transactions(seconds))
+        except NotPublished:
+            self.close(0.0)
+            raise
+
+    def begin(self) -> None:
+        self._told(self._producer.begin_transaction)
+
+    def commit(self, offsets: "list[confluent_kafka.TopicPartition]", group_metadata: object, seconds: float) -> None:
+        """With the offsets of the group that the metadata is of."""
+        if offsets:
+            self._told(lambda: self._producer.send_offsets_to_transaction(offsets, group_metadata, seconds))
+        self._told(lambda: self._producer.commit_transaction(seconds))
+
+    def abort(self, seconds: float = 10.0) -> None:
+        """As far as it can be told; the broker aborts it anyway when its time is over."""
+        with contextlib.suppress(confluent_kafka.KafkaException):
+            self._producer.purge()
+            self._producer.abort_transaction(seconds)
+
+    def _told(self, call: "Callable[[], object]") -> None:
+        deadline = time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                call()
+                return
+            except confluent_kafka.KafkaException as error:
+                trouble = error.args[0]
+                if not trouble.retriable() or time.monotonic() > deadline:
+                    raise NotPublished(trouble.str()) from None
 
 
 def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:

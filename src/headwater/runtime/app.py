@@ -342,7 +342,7 @@ class App:
                 while any(each.is_alive for each in subscriptions):
                     await asyncio.sleep(0.01)
                 for each in subscriptions:
-                    each.close()
+                    await each.close()
                 stopping.cancel()
             if web is not None:
                 await web
@@ -352,7 +352,15 @@ class App:
     def _subscribe(self, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]) -> list[Subscription]:
         assert self._loop_producer is not None
         around = Surroundings(
-            self.settings, self, self._loop_producer, self._database, self._alerts, self._history, failed, self._grow
+            self.settings,
+            self,
+            self._loop_producer,
+            self._database,
+            self._alerts,
+            self._history,
+            failed,
+            self._router.encode,
+            self._grow,
         )
         subscriptions = [
             Subscription(

@@ -65,6 +65,15 @@ class Watcher(Protocol):
     def gap(self, partition: int, message: str) -> bool:
         """Committed events are gone: whether to go on with what is left."""
 
+    def add(self, work: list[tuple[Owner, list[Message]]]) -> None:
+        """On the loop: records for their owners."""
+
+    def about_to_go(self, seconds: float) -> None:
+        """Partitions are about to be taken away: wait, at most so long, for what must come to its end before."""
+
+    def went(self) -> None:
+        """They are gone."""
+
 
 class ConsumerThread:
     def __init__(
@@ -76,7 +85,9 @@ class ConsumerThread:
         failed: Callable[[Exception], None],
         *,
         commits_first: bool = False,
+        commits: bool = True,
     ) -> None:
+        """commits_first: before the records are handed over (at most once). commits: False when somebody else does."""
         self._consumer = consumer
         self._topic = topic
         self._loop = loop
@@ -85,6 +96,10 @@ class ConsumerThread:
         self._watcher = watcher
         self._failed = failed
         self._commits_first = commits_first
+        self._commits = commits and not commits_first
+        self._reset_asked = False
+        self.group_metadata: object = None
+        """As of the last take, for who commits in transactions: a generation that is gone by then is refused."""
         self._owners: dict[int, Owner] = {}
         self._tokens: dict[int, int] = {}
         self._token = time.time_ns() // 1000  # grows over restarts too, which makes a history readable
@@ -103,6 +118,11 @@ class ConsumerThread:
         self._stop_seconds = seconds
         self._space.set()
 
+    def reset(self) -> None:
+        """From the loop: the owners are of no use any more; new ones begin where the group has committed."""
+        self._reset_asked = True
+        self._space.set()
+
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
@@ -112,6 +132,8 @@ class ConsumerThread:
             self._consumer.subscribe([self._topic], self._assigned, self._revoked, self._lost)
             next_commit = time.monotonic() + COMMIT_SECONDS
             while self._stop_seconds is None:
+                if self._reset_asked:
+                    self._begin_again()
                 self._take()
                 if time.monotonic() >= next_commit:
                     self._commit(self._owners)
@@ -147,6 +169,8 @@ class ConsumerThread:
             self._paused.update(full)
         self._full_since = None
         self._resume()
+        if not self._commits and not self._commits_first:
+            self.group_metadata = self._consumer.group_metadata()
         try:
             messages = self._consumer.take(BATCH, TAKE_SECONDS)
         except OutOfRange as gap:
@@ -188,7 +212,7 @@ class ConsumerThread:
                 owner.taken += len(batch)
                 owner.taken_bytes += sum(len(message.value() or b"") for message in batch)
                 work.append((owner, batch))
-        self._call(_add_all, work)
+        self._call(self._watcher.add, work)
 
     def _places(self, numbers: list[int]) -> list[TopicPartition]:
         return [TopicPartition(self._topic, number) for number in numbers]
@@ -201,16 +225,26 @@ class ConsumerThread:
 
     def _assigned(self, partitions: list[TopicPartition]) -> None:
         for begun in self._consumer.begin_at_committed(partitions, lambda: self._stop_seconds is not None):
-            number = begun.partition
-            self._token += 1
-            progress = self._progress_of(begun)
-            owner = self._watcher.new_owner(begun, progress, self._token, self._space.set)
-            self._owners[number] = owner
-            self._tokens[number] = self._token
-            self._committed.pop(number, None)
-            self._paused.add(number)  # the client remembers a pause over a rebalance: resume it in any case
-            self._call(owner.start)
-            self._watcher.assigned(owner)
+            self._own(begun)
+
+    def _own(self, begun: Begun) -> None:
+        number = begun.partition
+        self._token += 1
+        progress = self._progress_of(begun)
+        owner = self._watcher.new_owner(begun, progress, self._token, self._space.set)
+        self._owners[number] = owner
+        self._tokens[number] = self._token
+        self._committed.pop(number, None)
+        self._paused.add(number)  # the client remembers a pause over a rebalance: resume it in any case
+        self._call(owner.start)
+        self._watcher.assigned(owner)
+
+    def _begin_again(self) -> None:
+        self._reset_asked = False
+        partitions = self._places(list(self._owners))
+        self._take_away(partitions)
+        for begun in self._consumer.seek_to_committed(partitions, lambda: self._stop_seconds is not None):
+            self._own(begun)
 
     def _progress_of(self, begun: Begun) -> Progress:
         """How far the group had come. A commit that another tool made is a replay up to the end of now; that is committed
@@ -233,11 +267,13 @@ class ConsumerThread:
         return progress
 
     def _revoked(self, partitions: list[TopicPartition]) -> None:
-        gone = self._take_away(partitions)
         deadline = time.monotonic() + REVOKE_SECONDS
+        self._watcher.about_to_go(REVOKE_SECONDS)
+        gone = self._take_away(partitions)
         self._stop_owners(gone)
         self._wait_stopped(gone, deadline, time.sleep)
         self._consumer.commit_now(self._news(gone))
+        self._watcher.went()
 
     def _lost(self, partitions: list[TopicPartition]) -> None:
         gone = self._take_away(partitions)
@@ -256,6 +292,7 @@ class ConsumerThread:
     def _stop(self, seconds: float) -> None:
         """The owners finish while the thread goes on polling: the group must not think that this member is gone."""
         deadline = time.monotonic() + seconds
+        self._watcher.about_to_go(seconds)
         self._stop_owners(self._owners)
         self._wait_stopped(self._owners, deadline, self._consumer.poll_paused)
         self._commit_last(self._owners)
@@ -297,7 +334,7 @@ class ConsumerThread:
         news = []
         for number, owner in owners.items():
             position = owner.committable
-            if position is not None and self._committed.get(number) != position and not self._commits_first:
+            if position is not None and self._committed.get(number) != position and self._commits:
                 self._committed[number] = position
                 news.append(TopicPartition(self._topic, number, *position))
         if news:
@@ -308,11 +345,6 @@ class ConsumerThread:
         crash_point.reached("after_commit")
         for place in places:
             self._watcher.committed(place.partition, self._tokens.get(place.partition, 0), place.offset)
-
-
-def _add_all(work: list[tuple[Owner, list[Message]]]) -> None:
-    for owner, batch in work:
-        owner.add(batch)
 
 
 def _is_full(owner: Owner) -> bool:

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.event.codec import Undecodable, Unknown
 from headwater.kafka.consumer import Message, headers_of
-from headwater.kafka.producer import LoopProducer, NotPublished
+from headwater.kafka.producer import Acknowledged, Headers, NotPublished
 from headwater.runtime.delivery import Calls
 from headwater.runtime.handler import Handler
 from headwater.runtime.history import History
@@ -33,13 +34,21 @@ from headwater.store import inbox
 from headwater.store.database import Database
 
 
+class Sender(Protocol):
+    """A producer, or the transaction that is open."""
+
+    async def send(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers, *, partition: int
+    ) -> Acknowledged: ...
+
+
 class PartitionDoors:
     def __init__(
         self,
         handler: Handler,
         assignment: Assignment,
         calls: Calls,
-        producer: LoopProducer,
+        producer: Sender,
         reader: RetryReader,
         *,
         owner_name: str,

@@ -198,6 +198,8 @@ class Owner:
         self.partition = assignment.partition
         self.committable: tuple[int, str] | None = None
         """The frontier and its metadata; None before there is one. Read by the consumer thread."""
+        self.last_committed: tuple[int, str] | None = None
+        """Kept by who commits in transactions."""
         self.taken = 0
         self.taken_bytes = 0
         """Handed over so far; counted by the consumer thread, which bounds what is taken and not done."""
@@ -235,6 +237,7 @@ class Owner:
         self._cache_bytes = 0
         self._requests: deque[Request] = deque()
         self._is_obeying = False
+        self._is_burying = False
         self._strangers: dict[int, ParkedRecord] = {}
         """Parked from a topic of the same name that is no more."""
 
@@ -246,7 +249,7 @@ class Owner:
         assignment = self.assignment
         self._note("assign", i=assignment.topic_id, o=assignment.frontier, hold=self.policy.giving_up is GivingUp.HOLD)
         if assignment.progress.replay is not None:
-            self._look()
+            self.look()
 
     def loaded(self) -> None:
         """The retry topic was read up to where it ended when the partition was assigned."""
@@ -255,8 +258,6 @@ class Owner:
             if lane.parked:
                 self._schedule(lane)
         self._pace.count_parked()
-        if self._strangers:
-            self._spawn(self._bury_strangers())
         self.go_on()
 
     async def _bury_strangers(self) -> None:
@@ -316,7 +317,7 @@ class Owner:
         ):
             if self.policy.settles_first and self._incoming and not self._is_cancelled:
                 return
-            self._look()
+            self.look()
             self._pace.leave(self)
             if self._progress_timer is not None:
                 self._progress_timer.cancel()
@@ -342,9 +343,9 @@ class Owner:
 
     def _look_later(self) -> None:
         if self._progress_timer is None and not self.stopped.is_set():
-            self._progress_timer = asyncio.get_running_loop().call_later(PROGRESS_SECONDS, self._look)
+            self._progress_timer = asyncio.get_running_loop().call_later(PROGRESS_SECONDS, self.look)
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Say the frontier, and why it stands."""
         self._progress_timer = None
         for strand in self._running:
@@ -387,10 +388,30 @@ class Owner:
     # Taking events
 
     def go_on(self) -> None:
+        self._obey_requests()
+        if self._strangers and not self._is_burying and self._is_loaded and not self._pace.is_shut:
+            self._is_burying = True
+            self._spawn(self._bury_strangers())
         self._wake_retries()
         self._pump()
-        self._obey_requests()
         self._look_later()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that it was given is settled and nothing is at work."""
+        return self._frontier.is_clear and not self._tasks and not self._running
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it knows what is parked, and may begin."""
+        return self._is_loaded
+
+    @property
+    def has_due(self) -> bool:
+        """Whether something is to be done without a new event."""
+        if not self._is_loaded or self.is_stopping:
+            return False
+        return bool(self._requests) or (bool(self._due) and self._due[0][0] <= self._doors.now_ms())
 
     def offer_probe(self) -> bool:
         """While the breaker is open: one event that is not at work."""
@@ -410,12 +431,19 @@ class Owner:
         return False
 
     def _can_take(self) -> bool:
-        if not self._incoming or not self._is_loaded or self._blocked is not None or self._pace.breaker.is_open:
+        pace = self._pace
+        if (
+            not self._incoming
+            or not self._is_loaded
+            or self._blocked is not None
+            or pace.breaker.is_open
+            or pace.is_shut
+        ):
             return False
         if self.is_stopping and (self._is_cancelled or not self.policy.settles_first):
             return False
-        if self._pace.free <= 0:
-            self._pace.wants_slot(self)
+        if pace.free <= 0:
+            pace.wants_slot(self)
             return False
         return True
 
@@ -795,7 +823,8 @@ class Owner:
         return None
 
     def _wake_retries(self) -> None:
-        if self.is_stopping or not self._is_loaded or self._pace.breaker.is_open or self._blocked is not None:
+        pace = self._pace
+        if self.is_stopping or not self._is_loaded or pace.breaker.is_open or pace.is_shut or self._blocked is not None:
             return
         while self._pace.free > 0:
             lane = self._pop_due()
@@ -818,7 +847,7 @@ class Owner:
         try:
             while lane.parked:
                 offset, attempted = lane.parked.smallest, lane.parked.attempt
-                if self.is_stopping or (attempted is not None and not self._is_due(attempted)):
+                if self.is_stopping or self._pace.is_shut or (attempted is not None and not self._is_due(attempted)):
                     break
                 event = await self._read_back(offset, lane.parked.place)
                 if event is None:
@@ -933,14 +962,15 @@ class Owner:
         self._obey_requests()
 
     def _obey_requests(self) -> None:
-        if self._requests and not self._is_obeying and self._is_loaded and not self.is_stopping:
+        is_free = not self._is_obeying and self._is_loaded and not self.is_stopping and not self._pace.is_shut
+        if self._requests and is_free:
             self._is_obeying = True
             self._spawn(self._obey())
 
     async def _obey(self) -> None:
         """One request after the other."""
         try:
-            while self._requests and not self.is_stopping:
+            while self._requests and not self.is_stopping and not self._pace.is_shut:
                 request = self._requests[0]
                 is_done = await self._obey_one(request)
                 if is_done is None:

@@ -36,6 +36,9 @@ class Pace:
         """changed: told when the breaker opens and when it closes."""
         self.breaker = Breaker()
         self.free = slots
+        self.is_shut = False
+        """Nothing may begin: no transaction is open (exactly_once)."""
+        self._slots = slots
         self._name = name
         self._now_ms = now_ms
         self._changed = changed
@@ -59,6 +62,19 @@ class Pace:
             self._timer = None
         elif self._workers:
             self.probe_again()  # the probe may have gone with it
+
+    def start_anew(self) -> None:
+        """All workers are gone, and what they had at work with them."""
+        was_open = self.breaker.is_open
+        self.breaker = Breaker()
+        self.free = self._slots
+        self._starved.clear()
+        self._workers.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if was_open:
+            self._changed(None)
 
     # Slots
 

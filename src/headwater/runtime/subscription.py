@@ -1,6 +1,7 @@
 """A handler in its consumer group, in this process: the threads, the owners of its partitions, and what they share."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -12,8 +13,8 @@ from typing import NamedTuple
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.kafka.admin import AdminError
-from headwater.kafka.consumer import Begun, KafkaConsumer
-from headwater.kafka.producer import LoopProducer
+from headwater.kafka.consumer import Begun, KafkaConsumer, Message
+from headwater.kafka.producer import LoopProducer, TransactionalProducer
 from headwater.runtime.alert import Alerts
 from headwater.runtime.breaker import Outage
 from headwater.runtime.consumer_thread import ConsumerThread
@@ -30,6 +31,7 @@ from headwater.runtime.retry import Delivery
 from headwater.runtime.retry_reader import RetryReader
 from headwater.runtime.retry_topic import SourceRecord
 from headwater.runtime.strands import StrandPool
+from headwater.runtime.transaction import Encode, TransactionEffects, Transactions, unique_id
 from headwater.settings import Settings
 from headwater.store import inbox
 from headwater.store.database import Database
@@ -51,6 +53,7 @@ class Surroundings(NamedTuple):
     alerts: Alerts
     history: History | None
     failed: Callable[[Exception], None]
+    encode: Encode
     grow: Callable[[Handler, int], None]
     """See that the handler's retry and dead-letter topics have so many partitions. Raises AdminError."""
 
@@ -68,11 +71,26 @@ class Subscription:
         options = handler.options
         self._policy = handler.policy()
         executor = DaemonExecutor(options.threads, f"handler-{handler.group}")
-        self._calls = Calls(handler, around.effects, executor, topic_id)
+        self._pace = Pace(handler.name, options.concurrency, _now_ms, self._breaker_changed)
+        consumer = KafkaConsumer(around.settings, handler.group, options.group_protocol)
+        self._transactions: Transactions | None = None
+        effects: Effects = around.effects
+        if handler.delivery is Delivery.EXACTLY_ONCE:
+            self._transactions = Transactions(
+                lambda: TransactionalProducer(around.settings, unique_id(handler.group)),
+                lambda: self._thread.group_metadata,
+                handler.topic.name,
+                self._pace,
+                options.transaction_records,
+                loop,
+                self.committed,
+                lambda: self._thread.reset(),
+            )
+            effects = TransactionEffects(self._transactions, around.encode)  # type: ignore[assignment]
+        self._calls = Calls(handler, effects, executor, topic_id)
         self._strands = None
         if not handler.is_async and not handler.batch:
             self._strands = StrandPool(self._calls.attempt_sync, executor, options.threads, loop)
-        self._pace = Pace(handler.name, options.concurrency, _now_ms, self._breaker_changed)
         self._owner_name = f"{socket.gethostname()}:{os.getpid()}"
         self._reader = RetryReader(
             around.settings,
@@ -85,17 +103,20 @@ class Subscription:
         self._owners: dict[int, Owner] = {}
         self._watch: asyncio.Task[None] | None = None
         self._thread = ConsumerThread(
-            KafkaConsumer(around.settings, handler.group, options.group_protocol),
+            consumer,
             handler.topic.name,
             loop,
             self,
             around.failed,
             commits_first=handler.delivery is Delivery.AT_MOST_ONCE,
+            commits=self._transactions is None,
         )
 
     def start(self) -> None:
         if self._policy.retry is not None:
             self._reader.start()
+        if self._transactions is not None:
+            self._transactions.start()
         self._thread.start()
         self._watch = self._loop.create_task(self._keep_watch())
 
@@ -106,7 +127,9 @@ class Subscription:
     def is_alive(self) -> bool:
         return self._thread.is_alive
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        if self._transactions is not None:
+            await self._transactions.close()
         self._reader.stop()
         if self._watch is not None:
             self._watch.cancel()
@@ -120,7 +143,7 @@ class Subscription:
             handler,
             assignment,
             self._calls,
-            around.producer,
+            self._transactions or around.producer,
             self._reader,
             owner_name=self._owner_name,
             database=around.database,
@@ -133,6 +156,8 @@ class Subscription:
 
     def assigned(self, owner: Owner) -> None:
         self._owners[owner.partition] = owner
+        if self._transactions is not None:
+            self._on_loop(self._transactions.join, owner)
         if self._policy.retry is not None:
             self._reader.add(owner)
 
@@ -140,6 +165,29 @@ class Subscription:
         if self._owners.get(owner.partition) is owner:
             del self._owners[owner.partition]
         self._reader.remove(owner)
+        if self._transactions is not None:
+            self._on_loop(self._transactions.leave, owner)
+
+    def add(self, work: list[tuple[Owner, list[Message]]]) -> None:
+        for owner, batch in work:
+            if self._transactions is not None:
+                self._transactions.add(owner, batch)
+            else:
+                owner.add(batch)
+
+    def about_to_go(self, seconds: float) -> None:
+        if self._transactions is not None:
+            with contextlib.suppress(TimeoutError, RuntimeError):
+                drained = asyncio.run_coroutine_threadsafe(self._transactions.drain(seconds), self._loop)
+                drained.result(seconds + 1.0)
+
+    def went(self) -> None:
+        if self._transactions is not None:
+            self._on_loop(self._transactions.go_on)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the application is gone
+            self._loop.call_soon_threadsafe(function, *arguments)
 
     def committed(self, partition: int, token: int, offset: int) -> None:
         if self._around.history is not None:

@@ -40,9 +40,11 @@ def give_up(session: Session, group: str, event_id: str, generation: int) -> boo
 
 
 def _insert(session: Session, group: str, event_id: str, generation: int, state: State) -> bool:
+    # Whether a row went in is asked by RETURNING: a count of rows is not known on every driver.
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     values = {"consumer_group": group, "event_id": event_id, "generation": generation, "state": state.value}
-    return bool(session.execute(insert(inbox).values(values).on_conflict_do_nothing()).rowcount)  # type: ignore[attr-defined]
+    statement = insert(inbox).values(values).on_conflict_do_nothing().returning(inbox.c.state)
+    return session.execute(statement).first() is not None
 
 
 def _flip(session: Session, group: str, event_id: str, generation: int) -> bool:
@@ -56,8 +58,9 @@ def _flip(session: Session, group: str, event_id: str, generation: int) -> bool:
             columns.state == State.DEAD.value,
         )
         .values(state=State.DONE.value)
+        .returning(columns.state)
     )
-    return bool(found.rowcount)  # type: ignore[attr-defined]
+    return found.first() is not None
 
 
 def _state(session: Session, group: str, event_id: str, generation: int) -> State:

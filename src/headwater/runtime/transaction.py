@@ -1,0 +1,311 @@
+"""exactly_once: a batch of events is read, handled and written in one Kafka transaction, with the group's offsets.
+
+    begin -> hand a batch to the owners -> all of it is handled, or parked in the same transaction -> offsets -> commit
+
+Nothing of the group is begun outside a transaction: retries and redrives go with the next batch. When anything can't be
+written, and when the handler's surroundings are out, the transaction is aborted: nobody who reads `read_committed` has
+seen any of it. The owners are thrown away, and new ones begin where the group has committed.
+
+Batches are sized so that one takes about a second: the broker aborts a transaction after `transaction.timeout.ms`, here
+10 s, which is also how long the successor of a killed process may wait. A handler that takes longer for one event needs
+a longer one (HEADWATER_KAFKA_TRANSACTION_TIMEOUT_MS).
+
+Fencing is KIP-447's: the offsets are committed with the group's generation.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from headwater.event.codec import Encoded
+from headwater.event.topic import Topic
+from headwater.kafka.consumer import Message, TopicPartition
+from headwater.kafka.producer import Acknowledged, LoopProducer, NotPublished, TransactionalProducer
+from headwater.runtime import crash_point
+from headwater.runtime.owner import Owner
+from headwater.runtime.pace import Pace
+
+logger = logging.getLogger(__name__)
+
+TARGET_SECONDS = 1.0
+LINGER_SECONDS = 0.002
+IDLE_SECONDS = 0.1
+FIRST_TROUBLE_SECONDS = 0.2
+LONGEST_TROUBLE_SECONDS = 30.0
+COMMIT_SECONDS = 30.0
+
+
+T = TypeVar("T")
+
+
+class Aborted(Exception):
+    """The transaction can't be committed; the message says why."""
+
+
+class Encode(Protocol):
+    """Finds an event's topic and key and puts it in its envelope."""
+
+    def __call__(self, event: object) -> tuple[Topic, bytes, Encoded]: ...
+
+
+class TransactionEffects:
+    """What a handler returns goes into the transaction; that it got there shows when it commits."""
+
+    def __init__(self, transactions: "Transactions", encode: Encode) -> None:
+        self._transactions = transactions
+        self._encode = encode
+
+    def publish(self, event: object) -> Awaitable[object]:
+        return self._publish(event)
+
+    async def _publish(self, event: object) -> None:
+        self.publish_sync(event)
+
+    def publish_sync(self, event: object) -> None:
+        topic, key, encoded = self._encode(event)
+        self._transactions.write(topic.name, key, encoded)
+
+    def unit_of_work(self) -> object:
+        raise NotImplementedError("exactly_once takes no unit of work")
+
+    sync_unit_of_work = unit_of_work
+
+    async def release(self, uow: object) -> None:
+        raise NotImplementedError("exactly_once takes no unit of work")
+
+
+class Transactions:
+    def __init__(
+        self,
+        new_producer: Callable[[], TransactionalProducer],
+        group_metadata: Callable[[], object],
+        topic: str,
+        pace: Pace,
+        most_records: int,
+        loop: asyncio.AbstractEventLoop,
+        committed: Callable[[int, int, int], None],
+        reset: Callable[[], None],
+    ) -> None:
+        """committed: told of partition, token and offset. reset: throws the owners away, and begins at the committed
+        offsets."""
+        self._new_producer = new_producer
+        self._group_metadata = group_metadata
+        self._topic = topic
+        self._pace = pace
+        self._most = most_records
+        self._size = min(100, most_records)
+        self._loop = loop
+        self._committed = committed
+        self._reset = reset
+        self._producer: TransactionalProducer | None = None
+        self._loop_producer: LoopProducer | None = None
+        self._incoming: deque[tuple[Owner, Sequence[Message]]] = deque()
+        self._owners: set[Owner] = set()
+        self._wake = asyncio.Event()
+        self._trouble: str | None = None
+        self._is_closing = False
+        self._is_busy = False
+        self._is_held = False
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="transaction")
+        self._task: asyncio.Task[None] | None = None
+        pace.is_shut = True
+
+    def start(self) -> None:
+        self._task = self._loop.create_task(self._run())
+
+    async def close(self) -> None:
+        self._is_closing = True
+        self._wake.set()
+        if self._task is not None:
+            await self._task
+        if self._producer is not None:
+            await self._in_thread(functools.partial(self._producer.close, 1.0))
+        self._executor.shutdown(wait=False)
+
+    # Owners
+
+    def add(self, owner: Owner, messages: Sequence[Message]) -> None:
+        if not owner.is_stopping:
+            self._incoming.append((owner, messages))
+            self._wake.set()
+
+    def join(self, owner: Owner) -> None:
+        self._owners.add(owner)
+        self._wake.set()
+
+    def leave(self, owner: Owner) -> None:
+        self._owners.discard(owner)
+        self._incoming = deque((other, messages) for other, messages in self._incoming if other is not owner)
+
+    async def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: "list[tuple[str, str | bytes | None]]",
+        *,
+        partition: int,
+    ) -> Acknowledged:
+        """A record of the protocol's own, in the transaction. Raises NotPublished."""
+        if self._loop_producer is None:
+            raise NotPublished("no transaction is open")
+        return await self._loop_producer.send(topic, key, value, headers, partition=partition)
+
+    def write(self, topic: str, key: bytes, encoded: Encoded) -> None:
+        """From any thread."""
+        if self._producer is None:
+            raise NotPublished("no transaction is open")
+        self._producer.send(topic, key, encoded.value, encoded.headers, self._written)
+
+    def _written(self, result: Acknowledged | NotPublished) -> None:
+        if isinstance(result, NotPublished):
+            self._trouble = str(result)
+
+    # The loop
+
+    async def _run(self) -> None:
+        pause = FIRST_TROUBLE_SECONDS
+        while not self._is_closing:
+            if not self._has_work():
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+                continue
+            self._is_busy = True
+            try:
+                started = self._loop.time()
+                await self._one()
+                pause = FIRST_TROUBLE_SECONDS
+                self._resize(self._loop.time() - started)
+            except Exception as error:
+                if not isinstance(error, Aborted | NotPublished):
+                    logger.exception("transaction_failed topic=%s", self._topic)
+                logger.warning(
+                    "transaction_aborted topic=%s next_try_seconds=%.1f reason=%s", self._topic, pause, error
+                )
+                await self._abort()
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
+            finally:
+                self._is_busy = False
+
+    def _has_work(self) -> bool:
+        if self._is_held:
+            return False
+        return any(owner.is_loaded for owner, _ in self._incoming) or any(owner.has_due for owner in self._owners)
+
+    def _resize(self, seconds: float) -> None:
+        if seconds > TARGET_SECONDS:
+            self._size = max(1, self._size // 2)
+        elif seconds < TARGET_SECONDS / 2:
+            self._size = min(self._most, self._size * 2)
+
+    async def _one(self) -> None:
+        """One transaction. Raises Aborted, NotPublished."""
+        if self._producer is None:
+            self._producer = await self._in_thread(self._new_producer)
+            self._loop_producer = LoopProducer(self._producer, self._loop)
+        self._trouble = None
+        producer = self._producer
+        await self._in_thread(producer.begin)
+        owners = set(self._owners)
+        self._pace.is_shut = False
+        await self._feed()
+        for owner in owners | self._owners:
+            owner.go_on()
+        await self._until_idle()
+        self._pace.is_shut = True
+        await self._until_idle()
+        crash_point.reached("before_commit")
+        positions: list[tuple[Owner, int, str]] = []
+        for owner in self._owners:
+            owner.look()
+            if owner.committable is not None and owner.committable != owner.last_committed:
+                positions.append((owner, *owner.committable))
+        offsets = [TopicPartition(self._topic, owner.partition, offset, text) for owner, offset, text in positions]
+        await self._in_thread(lambda: producer.commit(offsets, self._group_metadata(), COMMIT_SECONDS))
+        if self._trouble is not None:
+            raise Aborted(self._trouble)
+        crash_point.reached("after_commit")
+        for owner, offset, text in positions:
+            owner.last_committed = (offset, text)
+            self._committed(owner.partition, owner.assignment.token, offset)
+
+    async def _feed(self) -> None:
+        """A batch, over all partitions; what comes within 2 ms shares the transaction."""
+        left = self._size
+        ends = self._loop.time() + LINGER_SECONDS
+        while left > 0:
+            found = next((i for i, (owner, _) in enumerate(self._incoming) if owner.is_loaded), None)
+            if found is None:
+                if self._loop.time() >= ends:
+                    return
+                await asyncio.sleep(LINGER_SECONDS / 2)
+                continue
+            owner, messages = self._incoming[found]
+            del self._incoming[found]
+            if len(messages) > left:
+                self._incoming.insert(found, (owner, messages[left:]))
+                messages = messages[:left]
+            left -= len(messages)
+            owner.add(messages)
+
+    async def _until_idle(self) -> None:
+        """Until all that was handed over is settled. Raises Aborted when that must not be waited for."""
+        while True:
+            if self._pace.breaker.is_open:
+                outage = self._pace.breaker.outage
+                assert outage is not None
+                raise Aborted(outage.reason)
+            if self._trouble is not None:
+                raise Aborted(self._trouble)
+            if all(owner.is_idle for owner in self._owners):
+                return
+            if self._is_closing:
+                raise Aborted("the application stops")
+            await asyncio.sleep(0.0005)
+
+    async def _abort(self) -> None:
+        self._pace.is_shut = True
+        self._pace.start_anew()
+        self._incoming.clear()
+        for owner in self._owners:
+            owner.stop()
+            owner.cancel()
+        self._owners.clear()
+        producer, self._producer, self._loop_producer = self._producer, None, None
+        if producer is not None:
+            await self._in_thread(producer.abort)
+            await self._in_thread(functools.partial(producer.close, 1.0))
+        self._size = 1
+        if not self._is_closing:
+            self._reset()
+
+    async def drain(self, seconds: float) -> None:
+        """Let the transaction under way come to its end, and begin no other until `go_on`: partitions are about to go."""
+        self._is_held = True
+        deadline = self._loop.time() + seconds
+        while self._is_busy and self._loop.time() < deadline:
+            await asyncio.sleep(0.001)
+
+    def go_on(self) -> None:
+        self._is_held = False
+        self._wake.set()
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        """Raises Aborted."""
+        try:
+            return await self._loop.run_in_executor(self._executor, function)
+        except NotPublished as error:
+            raise Aborted(str(error)) from None
+
+
+def unique_id(group: str) -> str:
+    """A transactional id of its own for each process: what fences is the group's generation."""
+    return f"headwater-{group}-{time.time_ns():x}"
