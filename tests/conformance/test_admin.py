@@ -289,10 +289,10 @@ def test_a_group_can_be_reset_only_while_nobody_is_in_it(engine: Engine, unique:
     consumer.subscribe([unique])
     wait_until(lambda: bool(consumer.consume(10, 0.2)), "the first records")
     with pytest.raises(AdminError):
-        admin.alter_committed(unique, {(unique, 0): 3})
+        admin.alter_committed(unique, {(unique, 0): (3, "")})
     consumer.close()
 
-    admin.alter_committed(unique, {(unique, 0): 3})
+    admin.alter_committed(unique, {(unique, 0): (3, "")})
 
     assert admin.committed(unique)[unique, 0].offset == 3
     assert [record.offset for record in Confluent().consume(servers, unique, 7, group=unique)] == list(range(3, 10))

@@ -16,12 +16,16 @@ from headwater.cli.output import (
     admin,
     console,
     explained,
+    settings_for,
     show_json,
     show_rows,
     show_table,
 )
 from headwater.kafka.admin import KafkaAdmin
+from headwater.operations.failures import ParkedKey, read_failures, topics_of
+from headwater.operations.replay import moved
 from headwater.runtime.frontier import decode_metadata
+from headwater.runtime.lane import NO_OFFSET
 
 app = typer.Typer(no_args_is_help=True, help="Consumer groups: list, describe, reset, delete.")
 
@@ -111,6 +115,7 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
             raise UserError(f"there is no group {group}. `headwater groups list` shows those that are.")
         described = client.describe_group(group)
         rows = partition_rows(client, group)
+        parked = parked_keys(client, bootstrap_servers, group)
         if json:
             show_json(
                 {
@@ -119,6 +124,7 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
                     "assignor": described.assignor,
                     "members": [member._asdict() for member in described.members],
                     "partitions": [msgspec.to_builtins(row) for row in rows],
+                    "parked": [_parked_json(each) for each in parked],
                 }
             )
             return
@@ -133,9 +139,69 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
             numbers=("partition", "committed", "end", "lag"),
         )
         for row in rows:
-            if row.waiting:
+            if row.waiting and not row.waiting.endswith("parked"):
                 line = Text.assemble(("waits", "red"), f" {row.topic}-{row.partition}: {row.waiting}")
                 console.print(line, soft_wrap=True)
+        _show_parked(parked)
+
+
+MOST_SHOWN = 20
+
+
+def parked_keys(client: KafkaAdmin, servers: str, group: str) -> list[ParkedKey]:
+    """The keys that wait in the group's retry topics."""
+    settings = settings_for(servers)
+    found: list[ParkedKey] = []
+    for topics in topics_of(client, group):
+        found += read_failures(settings, client, topics, letters=False).parked
+    return found
+
+
+def _show_parked(parked: list[ParkedKey]) -> None:
+    if not parked:
+        return
+    console.print(
+        f"\n[bold]parked[/] {len(parked)} keys, {sum(each.events for each in parked)} events", highlight=False
+    )
+    rows = [
+        (
+            each.partition, _key_text(each.key), each.offset, each.events,
+            each.attempted.attempts if each.attempted else 0, _next_try(each), each.attempted.error if each.attempted else "",
+        )
+        for each in parked[:MOST_SHOWN]
+    ]  # fmt: skip
+    numbers = ("partition", "offset", "events", "attempts")
+    show_table(("partition", "key", "offset", "events", "attempts", "next", "error"), rows, numbers=numbers)
+    if len(parked) > MOST_SHOWN:
+        console.print(f"and {len(parked) - MOST_SHOWN} more: --json has all", highlight=False)
+
+
+def _next_try(each: ParkedKey) -> str:
+    if each.attempted is None:
+        return "now"
+    if each.attempted.held != NO_OFFSET:
+        return "held"
+    seconds = each.attempted.due_ms / 1000 - time.time()
+    return f"in {seconds:.0f} s" if seconds > 0 else "now"
+
+
+def _key_text(key: bytes | None) -> str | None:
+    return key.decode("utf-8", "backslashreplace") if key is not None else None
+
+
+def _parked_json(each: ParkedKey) -> dict[str, object]:
+    attempted = each.attempted
+    return {
+        "topic": each.topic,
+        "partition": each.partition,
+        "key": _key_text(each.key),
+        "offset": each.offset,
+        "events": each.events,
+        "attempts": attempted.attempts if attempted else 0,
+        "due_at_ms": attempted.due_ms if attempted else None,
+        "held": attempted is not None and attempted.held != NO_OFFSET,
+        "error": attempted.error if attempted else None,
+    }
 
 
 @app.command()
@@ -162,12 +228,14 @@ def reset(
                 f"the group {group} has {len(members)} members, which would go on from where they are. Stop them first."
             )
         places = partitions_of(topic, partition, counts[topic])
-        committed = {place: position.offset for place, position in client.committed(group).items()}
+        positions = client.committed(group)
+        committed = {place: position.offset for place, position in positions.items()}
         starts, ends = client.start_offsets(places), client.end_offsets(places)
-        targets = _targets(client, to, places, committed, starts, ends)
+        targets = offsets_at(client, to, places, committed, starts, ends)
         clamped = {place: min(max(offset, starts[place]), ends[place]) for place, offset in targets.items()}
         if execute:
-            client.alter_committed(group, clamped)
+            moves = {place: (offset, moved(positions.get(place), offset)) for place, offset in clamped.items()}
+            client.alter_committed(group, moves)
         rows = [
             (place[0], place[1], committed.get(place), clamped[place], ends[place] - clamped[place]) for place in places
         ]
@@ -192,7 +260,7 @@ def partitions_of(topic: str, wanted: list[int] | None, count: int) -> list[tupl
     return [(topic, index) for index in (wanted or range(count))]
 
 
-def _targets(
+def offsets_at(
     client: KafkaAdmin,
     to: str,
     places: list[tuple[str, int]],

@@ -231,9 +231,12 @@ class KafkaAdmin:
             if each.offset >= 0
         }
 
-    def alter_committed(self, group: str, offsets: Mapping[tuple[str, int], int]) -> None:
-        """Raises AdminError while the group has members."""
-        places = [TopicPartition(topic, index, offset) for (topic, index), offset in offsets.items()]
+    def alter_committed(self, group: str, positions: Mapping[tuple[str, int], tuple[int, str]]) -> None:
+        """To offsets with their metadata. Raises AdminError while the group has members."""
+        places = [
+            TopicPartition(topic, index, offset, metadata) if metadata else TopicPartition(topic, index, offset)
+            for (topic, index), (offset, metadata) in positions.items()
+        ]
         request = ConsumerGroupTopicPartitions(group, places)
         future = self._client.alter_consumer_group_offsets([request])[group]
         found = self._result(future, f"the offsets of {group} can't be changed")

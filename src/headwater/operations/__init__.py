@@ -1,0 +1,1 @@
+"""What operators do, on any Kafka: the command line uses these."""
