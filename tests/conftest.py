@@ -75,7 +75,7 @@ def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
         yield process
 
 
-SERVER_FIXTURES = {"embedded", "kafka", "kafka3", "engine", "broker", "postgres", "database_url"}
+SERVER_FIXTURES = {"own_engine", "embedded", "kafka", "kafka3", "engine", "broker", "postgres", "database_url"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,11 +2,14 @@
 
 It opens
 - at once on an *unavailable* error;
-- when at least 5 keys and half of the last 20 attempts failed as transient;
+- when at least 5 keys and half of the last 20 attempts failed as transient. Events that are tried for the first time
+  count, and all successes; a parked event that fails once more says nothing new, and a handful of bad events must not
+  look like an outage whenever they are due together;
 - above 10,000 parked keys.
 
-While it is open no attempt counts and nothing new is begun, but for one event at a time, the probe. A probe that
-succeeds closes it; one that fails makes the next wait for longer. State only; the owner asks and tells.
+While it is open nothing new is begun, but for one event at a time, the probe. A probe that succeeds closes it; one that
+fails makes the next wait for longer. While something is unavailable no attempt counts. State only; the owner asks and
+tells.
 """
 
 from collections import deque
@@ -17,7 +20,7 @@ FAILING_KEYS = 5
 MOST_PARKED_KEYS = 10_000
 CLOSES_AT_PARKED_KEYS = 9_000  # so that it doesn't open and close with each key
 FIRST_PROBE_SECONDS = 0.5
-LONGEST_PROBE_SECONDS = 30.0
+LONGEST_PROBE_SECONDS = 10.0
 
 
 class Outage(NamedTuple):
@@ -25,6 +28,8 @@ class Outage(NamedTuple):
 
     reason: str
     since_ms: int
+    is_unavailable: bool
+    """Seen by an error that says so: then no attempt counts."""
 
 
 class Breaker:
@@ -58,34 +63,39 @@ class Breaker:
         self._close()
         return True
 
+    def failed_again(self, epoch: int) -> None:
+        """A parked event, as transient."""
+        if self.outage is not None:
+            self._probe_failed(epoch)
+
     def failed(self, key: object, epoch: int, error: str, now_ms: int) -> None:
-        """As transient."""
+        """An event that was not parked, as transient."""
         if self.outage is not None:
             self._probe_failed(epoch)
             return
         self._recent.append((key, False))
         failing = [key for key, is_good in self._recent if not is_good]
         if len(set(failing)) >= FAILING_KEYS and len(failing) * 2 >= RECENT:
-            self._open(f"{len(failing)} of the last {len(self._recent)} attempts failed, last: {error}", now_ms)
+            self._open(f"{len(failing)} of the last {len(self._recent)} attempts failed, last: {error}", now_ms, False)
 
     def unavailable(self, epoch: int, error: str, now_ms: int) -> None:
         if self.outage is not None:
             self._probe_failed(epoch)
             return
-        self._open(error, now_ms)
+        self._open(error, now_ms, True)
 
     def parked_keys(self, count: int, now_ms: int) -> bool:
         """How many are parked now, in all partitions of this process; True when this closed it."""
         if self.outage is None and count > MOST_PARKED_KEYS:
-            self._open(f"{count} keys are parked", now_ms)
+            self._open(f"{count} keys are parked", now_ms, False)
             self._is_crowded = True
         elif self._is_crowded and count <= CLOSES_AT_PARKED_KEYS:
             self._close()
             return True
         return False
 
-    def _open(self, reason: str, now_ms: int) -> None:
-        self.outage = Outage(reason, now_ms)
+    def _open(self, reason: str, now_ms: int, is_unavailable: bool) -> None:
+        self.outage = Outage(reason, now_ms, is_unavailable)
         self.epoch += 1
         self.pause_seconds = FIRST_PROBE_SECONDS
         self._recent.clear()

@@ -5,9 +5,10 @@ hands before the process goes on, so that it survives kill -9 as the acknowledge
 
     {"e": "ok", "t": 1700000000000, "g": "inventory", "p": 3, "a": token, "o": 17, "n": 1}
 
-`e` is assign, revoke, start, ok, skip, fail, park, done, dead or commit; park, done, dead and commit are
-acknowledgements. `o` is the source offset, of `commit` and `assign` the committed one; `n` the attempt. `assign` has the
-topic's id as `i`, and whether a key is held when an event of it is given up on.
+`e` is assign, load (it was found parked at the takeover), revoke, start, ok, skip, fail, park, done, dead or commit;
+park, done, dead and commit are acknowledgements. `o` is the source offset, of `commit` and `assign` the committed one;
+`n` the attempt, of `assign` the most there are; `r` is 1 for what was redriven. `assign` has the topic's id as `i`, and
+whether a key is held when an event of it is given up on.
 """
 
 import json

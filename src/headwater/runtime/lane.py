@@ -16,6 +16,7 @@ The proof, and the search for counterexamples with a rule taken out: tests/runti
 from array import array
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterator
 from enum import Enum
 from typing import Generic, NamedTuple, TypeVar
 
@@ -68,6 +69,9 @@ class Parked:
     def __contains__(self, offset: int) -> bool:
         i = bisect_left(self._offsets, offset, self._first)
         return i < len(self._offsets) and self._offsets[i] == offset
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._offsets[self._first :])
 
     @property
     def smallest(self) -> int:

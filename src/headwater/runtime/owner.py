@@ -162,13 +162,22 @@ class Strand:
         for offset, event in self.events:
             if owner.is_stopping:
                 return
+            note = owner.note
+            note("start", o=offset, n=1)
             try:
+                if crash_point.hook is not None:
+                    crash_point.reached("in_handler")
                 attempt(event, owner.generation_of(offset))
             except Unknown:
-                pass
+                note("skip", o=offset)
             except BaseException as error:
+                note("fail", o=offset, n=1)
                 self.error = error
                 return
+            else:
+                if crash_point.hook is not None:
+                    crash_point.reached("after_effect")
+                note("ok", o=offset, n=1)
             self.count += 1
 
 
@@ -190,6 +199,7 @@ class Owner:
         space: Callable[[], None] = lambda: None,
         failed: Callable[[Exception], None] = lambda error: None,
         chance: random.Random | None = None,
+        writes_history: bool = False,
     ) -> None:
         """strands: where a sync handler runs. space: called when buffered events were settled; failed: when the owner
         itself breaks."""
@@ -210,11 +220,13 @@ class Owner:
         self.stopped = threading.Event()
         self.is_stopping = False
         self._doors = doors
+        self.note = doors.note
         self._pace = pace
         self._strands = strands
         self._space = space
         self._failed = failed
         self._chance = chance or random.Random()
+        self._writes_history = writes_history
         replay = assignment.progress.replay
         self._replay = replay
         self._finished = finished_offsets(assignment.frontier or 0, assignment.progress.done)
@@ -247,7 +259,14 @@ class Owner:
         """On the loop, before anything else."""
         self._pace.join(self)
         assignment = self.assignment
-        self._note("assign", i=assignment.topic_id, o=assignment.frontier, hold=self.policy.giving_up is GivingUp.HOLD)
+        self.note(
+            "assign",
+            i=assignment.topic_id,
+            o=assignment.frontier,
+            n=self.policy.retry.attempts if self.policy.retry is not None else None,
+            hold=self.policy.giving_up is GivingUp.HOLD,
+            replay=assignment.progress.replay is not None,
+        )
         if assignment.progress.replay is not None:
             self.look()
 
@@ -257,6 +276,8 @@ class Owner:
         for lane in list(self.lanes.by_key.values()):
             if lane.parked:
                 self._schedule(lane)
+                for offset in lane.parked if self._writes_history else ():
+                    self.note("load", o=offset)
         self._pace.count_parked()
         self.go_on()
 
@@ -321,7 +342,7 @@ class Owner:
             self._pace.leave(self)
             if self._progress_timer is not None:
                 self._progress_timer.cancel()
-            self._note("revoke")
+            self.note("revoke")
             self.stopped.set()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
@@ -414,13 +435,10 @@ class Owner:
         return bool(self._requests) or (bool(self._due) and self._due[0][0] <= self._doors.now_ms())
 
     def offer_probe(self) -> bool:
-        """While the breaker is open: one event that is not at work."""
+        """While the breaker is open: one event that is not at work. Rather one that was not tried yet: those that are
+        parked have failed before."""
         if not self._is_loaded or self.is_stopping:
             return False
-        lane = self._pop_due()
-        if lane is not None:
-            self._begin_retry(lane)
-            return True
         for _ in range(len(self._incoming)):
             event = self._incoming.popleft()
             lane = self._arrive(event)
@@ -428,6 +446,10 @@ class Owner:
                 self._pace.free -= 1
                 self._spawn(self._run_lane(lane, event))
                 return True
+        lane = self._pop_due()
+        if lane is not None:
+            self._begin_retry(lane)
+            return True
         return False
 
     def _can_take(self) -> bool:
@@ -573,7 +595,10 @@ class Owner:
                 raise Stopped
             if crash_point.hook is not None:
                 crash_point.reached("after_effect")
-            doors.note("ok", o=offset, n=attempted.attempts + 1 if attempted else 1)
+            if attempted is not None and attempted.is_redriven:
+                doors.note("ok", o=offset, n=attempted.attempts + 1, r=1)
+            else:
+                doors.note("ok", o=offset, n=attempted.attempts + 1 if attempted else 1)
             if epoch or pace.breaker.has_failures:
                 pace.succeeded(key, epoch)
             return None
@@ -889,8 +914,9 @@ class Owner:
             pace.unavailable(epoch, said)
             return False
         if kind is not Kind.POISON:
-            pace.failed(lane.key, epoch, said)
-            if pace.breaker.is_open:
+            pace.failed_again(epoch)
+            outage = pace.breaker.outage
+            if outage is not None and outage.is_unavailable:
                 return False  # it counts as no attempt
         else:
             pace.probe_again()
@@ -1149,9 +1175,6 @@ class Owner:
             lane.queue.extendleft((later.offset() or 0, later) for later, _ in reversed(rest))
             pace.free -= 1
             self._spawn(self._run_lane(lane, event, Failure(error, epoch) if error is not None else None))
-
-    def _note(self, event: str, **fields: object) -> None:
-        self._doors.note(event, **fields)
 
 
 class ReadBack:

@@ -100,6 +100,10 @@ class Pace:
         """As transient."""
         self._watch(lambda: self.breaker.failed(key, epoch, error, self._now_ms()))
 
+    def failed_again(self, epoch: int) -> None:
+        """A parked event, as transient."""
+        self._watch(lambda: self.breaker.failed_again(epoch))
+
     def unavailable(self, epoch: int, error: str) -> None:
         self._watch(lambda: self.breaker.unavailable(epoch, error, self._now_ms()))
 

@@ -151,7 +151,14 @@ class Subscription:
             dead_lettered=self._dead_lettered,
         )
         return Owner(
-            self._policy, assignment, doors, self._pace, strands=self._strands, space=space, failed=around.failed
+            self._policy,
+            assignment,
+            doors,
+            self._pace,
+            strands=self._strands,
+            space=space,
+            failed=around.failed,
+            writes_history=around.history is not None,
         )
 
     def assigned(self, owner: Owner) -> None:

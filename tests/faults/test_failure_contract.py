@@ -1,0 +1,331 @@
+"""The failure contract under faults at every crash point, with work in flight: C1 to C8 hold, on both engines.
+
+One instance of the application works all the time; another one is struck, again and again, at one crash point after the
+other, while events come in. In the end everything is drained, and the checker looks at the histories of all processes.
+"""
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from confluent_kafka import Producer
+
+from headwater.event.codec import encode
+from headwater.event.envelope import Cause
+from headwater.kafka.admin import KafkaAdmin
+from headwater.runtime import crash_point
+from headwater.settings import Settings
+from headwater.testing.broker import BrokerProcess
+from headwater.testing.history import check, gather
+from tests.conftest import TEST_SETTINGS, Evidence
+from tests.faults.application import EFFECTS, Moved
+from tests.kit.clients import wait_until
+from tests.kit.kafka import KafkaCluster
+from tests.kit.postgres import Postgres
+
+FAULTS = ("kill", "stop", "rebalance", "broker", "too large")
+HITS = int(os.environ.get("HEADWATER_TEST_HITS", "1"))
+SESSION_MS = 1500
+KEYS = 60
+PER_SECOND = 150
+HIT_SECONDS = 20.0
+
+
+class Engine:
+    """A broker of the test's own, which can be killed."""
+
+    def __init__(self, name: str, home: Path) -> None:
+        self.name = name
+        self._home = home
+        self._broker: BrokerProcess | None = None
+        self._cluster: KafkaCluster | None = None
+        self._killed = 0
+        if name == "embedded":
+            self._broker = BrokerProcess.start(home / "data", TEST_SETTINGS)
+            self.servers = self._broker.bootstrap_servers
+        else:
+            self._cluster = KafkaCluster(nodes=3 if name == "kafka3" else 1).start()
+            self.servers = self._cluster.bootstrap_servers
+
+    def kill_and_restart(self) -> None:
+        if self._broker is not None:
+            self._broker.kill()
+            self._broker = BrokerProcess.start(self._home / "data", TEST_SETTINGS, listen=self.servers)
+        else:
+            assert self._cluster is not None
+            node = self._cluster.nodes[self._killed % len(self._cluster.nodes)]
+            self._killed += 1
+            self._cluster.kill_node(node)
+            self._cluster.start_node(node)
+            self._cluster.wait_ready()
+
+    def stop(self) -> None:
+        if self._broker is not None:
+            self._broker.stop()
+        if self._cluster is not None:
+            self._cluster.stop()
+
+
+class Instance:
+    """A process of the application."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.application", *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env={**os.environ, **environment}, text=True,
+        )  # fmt: skip
+        self.hits: list[str] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("hit "):
+                self.hits.append(line.split()[1])
+
+    def arm(self, point: str, fault: str, count: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"arm {point} {fault} {count}\n")
+        self.process.stdin.flush()
+
+    def wait_hit(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.hits and time.monotonic() < deadline and self.process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.01)
+        return bool(self.hits)
+
+    def is_stopped(self) -> bool:
+        return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._log.close()
+
+
+class Traffic:
+    """Events of many keys, all the time."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self._producer = Producer({"bootstrap.servers": servers, "enable.idempotence": True, "linger.ms": 5,
+                                   "reconnect.backoff.max.ms": 300, "message.timeout.ms": 120_000})  # fmt: skip
+        self._topic = topic
+        self._stop = threading.Event()
+        self.sent = 0
+        self.failed: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Traffic":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        assert self._producer.flush(60) == 0
+        assert not self.failed, self.failed[:3]
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            for _ in range(PER_SECOND // 50):
+                event = Moved(f"k{self.sent % KEYS}", self.sent)
+                encoded = encode(event, "traffic", Cause("c", None))
+                self._producer.produce(
+                    self._topic, encoded.value, event.account, headers=encoded.headers, on_delivery=self._told
+                )
+                self.sent += 1
+            self._producer.poll(0)
+
+    def _told(self, error: object, message: object) -> None:
+        if error is not None:
+            self.failed.append(str(error))
+
+
+@contextlib.contextmanager
+def database(server: Postgres, name: str) -> Iterator[str]:
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    url = f"postgresql://postgres@127.0.0.1:{server.port}/{name}"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE TABLE {EFFECTS} (serial bigserial PRIMARY KEY, event_id text, key text, number int)"
+        )
+    yield url
+
+
+class Scenario:
+    """One fault, at one crash point after the other."""
+
+    def __init__(self, engine: Engine, url: str, home: Path, fault: str, seed: int, delivery: str) -> None:
+        self.engine = engine
+        self.fault = fault
+        self.chance = random.Random(seed)
+        self.home = home
+        self.group = f"g-{fault.replace(' ', '-')}"
+        self.topic = f"moves-{fault.replace(' ', '-')}"
+        self.delivery = delivery
+        self.settings = Settings(engine.servers, kafka={"session.timeout.ms": str(SESSION_MS)})
+        self.admin = KafkaAdmin(self.settings)
+        self.hits: Counter[str] = Counter()
+        self.environment = {
+            "HEADWATER_BOOTSTRAP_SERVERS": engine.servers,
+            "HEADWATER_DATABASE_URL": url,
+            "HEADWATER_HISTORY": str(home / "history"),
+            "HEADWATER_KAFKA_SESSION_TIMEOUT_MS": str(SESSION_MS),
+            "HEADWATER_KAFKA_RECONNECT_BACKOFF_MAX_MS": "300",
+            "HEADWATER_KAFKA_METADATA_MAX_AGE_MS": "2000",
+        }
+
+    def start(self) -> Instance:
+        return Instance([self.group, self.topic, self.delivery], self.environment, self.home / "log")
+
+    def run(self, hits: int) -> None:
+        steady, struck = self.start(), self.start()
+        try:
+            wait_until(lambda: self.topic in self.admin.topic_names(), "the topic", 60)
+            with Traffic(self.engine.servers, self.topic) as traffic:
+                for _ in range(hits):
+                    for point in crash_point.NAMES:
+                        struck = self.strike(struck, point)
+            self.drain(traffic.sent)
+        finally:
+            for instance in (steady, struck):
+                if instance.process.poll() is None and instance.is_stopped():
+                    instance.process.kill()
+                instance.end()
+
+    def strike(self, struck: Instance, point: str) -> Instance:
+        """Once at this point; with the instance that goes on."""
+        for _ in range(3):
+            if struck.process.poll() is not None:
+                struck.end()
+                struck = self.start()
+            struck.hits.clear()
+            struck.arm(point, self.fault, self.chance.randrange(1, 4))
+            if struck.wait_hit(HIT_SECONDS):
+                self.hits[point] += 1
+                break
+        else:
+            raise AssertionError(f"{point} was not reached: {(self.home / 'log').read_text()[-3000:]}")
+        if self.fault == "kill":
+            struck.process.wait(10)
+            struck.end()
+            return self.start()
+        if self.fault == "stop":
+            wait_until(struck.is_stopped, "the stop")
+            time.sleep(3 * SESSION_MS / 1000)  # three sessions: it is a zombie when it wakes
+            os.kill(struck.process.pid, 18)
+        elif self.fault == "rebalance":
+            third = self.start()
+            wait_until(lambda: self._has_members(3), "a third member", 30)
+            third.end()
+        elif self.fault == "broker":
+            self.engine.kill_and_restart()
+        elif self.fault == "too large":
+            name = f"{self.topic}.{self.group}.retry"
+            self.admin.alter_topic_configs(name, {"max.message.bytes": "100"})
+            time.sleep(0.3)
+            self.admin.alter_topic_configs(name, {"max.message.bytes": "2000000"})
+        return struck
+
+    def _has_members(self, count: int) -> bool:
+        members = self.admin.describe_group(self.group).members
+        return len(members) >= count and all(member.partitions for member in members[:count])
+
+    def drain(self, sent: int) -> None:
+        """Until the group has come to the end, and nothing is parked."""
+
+        def is_through() -> bool:
+            return sum(position.offset for position in self.admin.committed(self.group).values()) >= sent
+
+        wait_until(is_through, f"{self.group} to come to the end", 120)
+
+        def nothing_parked() -> bool:
+            evidence = gather(self.settings, str(self.home / "history"), self.group, self.topic)
+            return not any(evidence.outstanding.values())
+
+        wait_until(nothing_parked, "the parked ones", 60)
+
+
+def strike_everywhere(
+    engine: Engine, postgres: Postgres, fault: str, seed: int, hits: int, delivery: str = "effectively_once"
+) -> dict[str, object]:
+    """Counts. Fails on the first violation, with the seed."""
+    home = Path(tempfile.mkdtemp(prefix="headwater-faults-"))
+    name = f"f{fault.replace(' ', '_')}_{engine.name}_{time.time_ns()}"
+    with database(postgres, name) as url:
+        scenario = Scenario(engine, url, home, fault, seed, delivery)
+        scenario.run(hits)
+        effects = (url, EFFECTS) if delivery == "effectively_once" else None
+        evidence = gather(scenario.settings, str(home / "history"), scenario.group, scenario.topic, effects)
+    report = check(evidence, complete=True)
+    assert not report.violations, (
+        f"seed {seed}, {fault} on {engine.name}: {len(report.violations)} violations, first: {report.violations[0]}; "
+        f"histories in {home / 'history'}"
+    )
+    poison = sum(1 for events in evidence.source.values() for event in events.values() if is_poison(event.value or b""))
+    letters = {(letter.partition, letter.source.offset) for letter in evidence.letters}
+    assert len(letters) == poison, f"seed {seed}: {len(letters)} dead letters, {poison} poison"
+    if effects is not None:
+        assert report.counts["effects"] == report.counts["source"] - poison
+    assert min(scenario.hits[point] for point in crash_point.NAMES) >= hits
+    return {
+        "engine": engine.name, "fault": fault, "seed": seed, "hits": sum(scenario.hits.values()),
+        "least per point": min(scenario.hits.values()), "events": report.counts["source"], "ok": report.counts["ok"],
+        "parked": report.counts["park"], "dead": len(letters), "processes": report.counts["processes"], "violations": 0,
+    }  # fmt: skip
+
+
+def is_poison(value: bytes) -> bool:
+    from tests.faults.application import POISON_EVERY
+
+    number = int(value.split(b'"number":')[1].split(b"}")[0])
+    return number % POISON_EVERY == POISON_EVERY - 1
+
+
+@pytest.fixture(params=["embedded", "kafka"])
+def own_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(request.param, tmp_path)
+    yield engine
+    engine.stop()
+
+
+@pytest.mark.server
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_every_crash_point_breaks_no_promise(own_engine: Engine, postgres: Postgres, fault: str) -> None:
+    """S001.16, S000.9, S004.8: C1 to C8 with work in flight: kill -9, a zombie, a rebalance, a broker killed, a record
+    that the retry topic doesn't take. (both engines)"""
+    strike_everywhere(own_engine, postgres, fault, seed=1, hits=HITS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("engine_name", ["embedded", "kafka", "kafka3"])
+def test_ten_hits_of_each_crash_point(
+    engine_name: str, postgres: Postgres, fault: str, tmp_path: Path, evidence: Evidence
+) -> None:
+    """S001.16: ten hits of each crash point by each fault."""
+    engine = Engine(engine_name, tmp_path)
+    try:
+        evidence.write("failure-contract", strike_everywhere(engine, postgres, fault, seed=int(time.time()), hits=10))
+    finally:
+        engine.stop()
