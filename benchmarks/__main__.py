@@ -1,10 +1,10 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app` for one part."""
+"""`make bench`: everything, or `python -m benchmarks broker|app|delivery` for one part."""
 
 import sys
 
-from benchmarks import app, broker
+from benchmarks import app, broker, delivery
 
-PARTS = {"broker": broker.run, "app": app.run}
+PARTS = {"broker": broker.run, "app": app.run, "delivery": delivery.run}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:

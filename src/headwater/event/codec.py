@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Union
 import msgspec
 
 from headwater.event.envelope import Cause, Envelope, Metadata, new_id, now
-from headwater.event.event import PydanticModel, event_type, event_version
+from headwater.event.event import event_type, event_version, is_pydantic
 
 CONTENT_TYPE = b"application/json"
 
@@ -42,7 +42,7 @@ _encoder = msgspec.json.Encoder()
 def encode(event: object, source: str, cause: Cause, metadata: Metadata | None = None) -> Encoded:
     """An event in its envelope, caused by `cause`."""
     cls = type(event)
-    data = event.model_dump(mode="json", by_alias=True) if isinstance(event, PydanticModel) else event
+    data = event.model_dump(mode="json", by_alias=True) if is_pydantic(cls) else event  # type: ignore[attr-defined, arg-type]
     envelope = Envelope(
         event_id=new_id(),
         event_type=event_type(cls),

@@ -10,7 +10,8 @@ field names.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol, TypeAlias, dataclass_transform, runtime_checkable
+from functools import lru_cache
+from typing import ClassVar, TypeAlias, dataclass_transform
 
 import msgspec
 
@@ -26,11 +27,10 @@ class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, rename="camel"):
     event_version: ClassVar[str] = "v1"
 
 
-@runtime_checkable
-class PydanticModel(Protocol):
-    """What is asked of a pydantic model; pydantic itself is not imported."""
-
-    def model_dump(self, *, mode: str, by_alias: bool) -> dict[str, Any]: ...
+@lru_cache(maxsize=10_000)
+def is_pydantic(cls: type) -> bool:
+    """Whether it is a pydantic model; pydantic itself is not imported."""
+    return hasattr(cls, "model_validate_json")
 
 
 AnyEvent: TypeAlias = object

@@ -47,17 +47,13 @@ CLASSIC_ONLY = ("partition.assignment.strategy", "session.timeout.ms", "heartbea
 """With the protocol of KIP-848 these are the broker's to say, and the client refuses them."""
 
 
-def consumer_config(
-    settings: Settings, group: str, protocol: str | None = None, *, is_transactional: bool = False
-) -> dict[str, str | int | bool]:
+def consumer_config(settings: Settings, group: str, protocol: str | None = None) -> dict[str, str | int | bool]:
     config = _consumer_config(settings, group)
     if protocol is not None:
         config["group.protocol"] = protocol
     if config.get("group.protocol") == "consumer":
         for name in CLASSIC_ONLY:
             config.pop(name, None)
-    if is_transactional:
-        config["isolation.level"] = "read_committed"
     return config
 
 
@@ -97,10 +93,8 @@ class Begun(NamedTuple):
 
 
 class KafkaConsumer:
-    def __init__(
-        self, settings: Settings, group: str, protocol: str | None = None, *, is_transactional: bool = False
-    ) -> None:
-        config = consumer_config(settings, group, protocol, is_transactional=is_transactional)
+    def __init__(self, settings: Settings, group: str, protocol: str | None = None) -> None:
+        config = consumer_config(settings, group, protocol)
         self._group = group
         self._consumer = confluent_kafka.Consumer({**config, "on_commit": self._answered}, logger=client_logger)
         self.commits_under_way = 0
@@ -271,10 +265,11 @@ class KafkaReader:
     """Reads given partitions from given offsets, without a group."""
 
     def __init__(
-        self, settings: Settings, starts: Mapping[tuple[str, int], int], *, is_transactional: bool = False
+        self, settings: Settings, starts: Mapping[tuple[str, int], int], *, isolation: str = "read_committed"
     ) -> None:
-        config = consumer_config(settings, "headwater-reader", "classic", is_transactional=is_transactional)
+        config = consumer_config(settings, "headwater-reader", "classic")
         config.pop("group.instance.id", None)
+        config["isolation.level"] = isolation
         self._consumer = confluent_kafka.Consumer({**config, "enable.partition.eof": True}, logger=client_logger)
         if starts:
             self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])

@@ -29,7 +29,17 @@ def load(target: str) -> App:
 
 def run(app: App) -> None:
     """The whole life of an application's process. Raises CannotStart, AdminError."""
-    asyncio.run(_run(app))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_run(app))
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, where it exists."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 async def _run(app: App) -> None:

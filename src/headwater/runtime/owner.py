@@ -393,7 +393,7 @@ class Owner:
         self._frontier.settle(event.offset() or 0)
         self.done += 1
         self.done_bytes += len(event.value() or b"")
-        if not self.done & 63 or not self._incoming:
+        if not self.done & 63 or self._frontier.is_clear:
             self._space()
             self._look_later()
 

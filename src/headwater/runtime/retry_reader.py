@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from headwater.kafka.admin import AdminError, KafkaAdmin
+from headwater.kafka.admin import AdminError
 from headwater.kafka.consumer import ConsumerFailed, KafkaException, KafkaReader, Message, headers_of
 from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.owner import Owner
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 TAKE = 500
 TAKE_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
+OFFSETS_SECONDS = 5.0
 READ_BACK_RECORDS = 200
 READ_BACK_BYTES = 4 * 1024 * 1024
 READ_BACK_SECONDS = 10.0
@@ -57,7 +58,8 @@ class RetryReader:
         """Of the partitions that are not loaded yet."""
         self._stopping = threading.Event()
         self._reader: KafkaReader | None = None
-        self._admin: KafkaAdmin | None = None
+        self._uncommitted: KafkaReader | None = None
+        self._isolation = "read_committed" if is_transactional else "read_uncommitted"
         self._back: KafkaReader | None = None
         self._back_executor = DaemonExecutor(1, f"read-back-{retry_topic}")
         self._thread = threading.Thread(target=self._run, name=f"retry-{retry_topic}", daemon=True)
@@ -81,7 +83,7 @@ class RetryReader:
     # Following
 
     def _run(self) -> None:
-        self._reader = KafkaReader(self._settings, {}, is_transactional=self._is_transactional)
+        self._reader = KafkaReader(self._settings, {}, isolation=self._isolation)
         try:
             while not self._stopping.is_set():
                 self._change()
@@ -91,6 +93,8 @@ class RetryReader:
             logger.exception("retry_reader_failed topic=%s", self._retry_topic)
         finally:
             self._reader.close()
+            if self._uncommitted is not None:
+                self._uncommitted.close()
 
     def _change(self) -> None:
         """Partitions that came and went."""
@@ -120,13 +124,9 @@ class RetryReader:
     def _begin(self, added: dict[int, Owner]) -> None:
         """An empty retry partition needs no reading before its owner may go."""
         assert self._reader is not None
-        places = [(self._retry_topic, partition) for partition in added]
         try:
-            if self._admin is None:
-                self._admin = KafkaAdmin(self._settings)
-            ends = self._admin.end_offsets(places)
-            starts = self._admin.start_offsets(places)
-        except AdminError as error:
+            offsets = {partition: self._offsets(partition) for partition in added}
+        except KafkaException as error:
             logger.warning("retry_topic_waits topic=%s error=%s", self._retry_topic, error)
             try:
                 self._grow(max(added) + 1)
@@ -137,15 +137,25 @@ class RetryReader:
                 self._changes.put((owner, True))
             return
         for partition, owner in added.items():
-            place = (self._retry_topic, partition)
+            start, end = offsets[partition]
             if partition in self._owners:
                 self._leave(partition)
             self._owners[partition] = owner
-            self._reader.add(self._retry_topic, partition, starts[place])
-            if starts[place] >= ends[place]:
+            self._reader.add(self._retry_topic, partition, start)
+            if start >= end:
                 self._call(owner.loaded)
             else:
-                self._ends[partition] = ends[place]
+                self._ends[partition] = end
+
+    def _offsets(self, partition: int) -> tuple[int, int]:
+        """Start and end, the true one, also beyond a transaction that is still open. Raises KafkaException."""
+        reader = self._reader
+        if self._is_transactional:
+            reader = self._uncommitted = self._uncommitted or KafkaReader(
+                self._settings, {}, isolation="read_uncommitted"
+            )
+        assert reader is not None
+        return reader.offsets(self._retry_topic, partition, OFFSETS_SECONDS)
 
     def _take(self) -> None:
         assert self._reader is not None
@@ -206,7 +216,7 @@ class RetryReader:
 
     def _read_at(self, topic: str, partition: int, offset: int, count: int) -> list[Message]:
         if self._back is None:
-            self._back = KafkaReader(self._settings, {}, is_transactional=self._is_transactional)
+            self._back = KafkaReader(self._settings, {}, isolation=self._isolation)
         found: list[Message] = []
         size = 0
         deadline = time.monotonic() + READ_BACK_SECONDS
