@@ -39,6 +39,7 @@ SESSION_MS = 1500
 KEYS = 60
 PER_SECOND = 150
 HIT_SECONDS = 20.0
+DRAIN_SECONDS = 300.0
 
 
 class Engine:
@@ -255,13 +256,13 @@ class Scenario:
         def is_through() -> bool:
             return sum(position.offset for position in self.admin.committed(self.group).values()) >= sent
 
-        wait_until(is_through, f"{self.group} to come to the end", 120)
+        wait_until(is_through, f"{self.group} to come to the end", DRAIN_SECONDS)
 
         def nothing_parked() -> bool:
             evidence = gather(self.settings, str(self.home / "history"), self.group, self.topic)
             return not any(evidence.outstanding.values())
 
-        wait_until(nothing_parked, "the parked ones", 60)
+        wait_until(nothing_parked, "the parked ones", DRAIN_SECONDS)
 
 
 def strike_everywhere(
@@ -308,7 +309,7 @@ def own_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engin
 
 
 @pytest.mark.server
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_at_every_crash_point_breaks_no_promise(own_engine: Engine, postgres: Postgres, fault: str) -> None:
     """S001.16, S000.9, S004.8: C1 to C8 with work in flight: kill -9, a zombie, a rebalance, a broker killed, a record
