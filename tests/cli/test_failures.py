@@ -15,7 +15,7 @@ from headwater.kafka.admin import KafkaAdmin
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.running import Running, settings_for
-from tests.runtime.test_delivery import Paid, effects, metadata, publish_all, topic_for
+from tests.runtime.test_delivery import Paid, dead_letters, effects, metadata, publish_all, topic_for
 
 
 def run(engine: Engine, *arguments: str, code: int = 0) -> str:
@@ -202,6 +202,34 @@ def test_a_dead_letter_topic_of_spring_can_be_read(engine: Engine, unique: str) 
 
     assert (letter["topic"], letter["partition"], letter["offset"]) == (unique, 3, 77)
     assert letter["error"] == "java.lang.IllegalStateException: no such order"
+
+
+def test_one_poison_in_ten_thousand_is_one_dead_letter_and_one_alert(embedded: Engine, unique: str) -> None:
+    """S004.14: 9,999 are handled, one is a dead letter with its bytes untouched, and there is one alert."""
+    from confluent_kafka import Producer
+
+    topic = topic_for(unique, 3)
+    app = App(unique, settings=settings_for(embedded))
+    seen = 0
+
+    @app.handler(topic, group=unique)
+    async def handle(event: Paid) -> None:
+        nonlocal seen
+        seen += 1
+
+    publish_all(embedded, topic, [Paid(f"a{i % 100}", i) for i in range(5000)])
+    producer = Producer({"bootstrap.servers": embedded.bootstrap_servers})
+    producer.produce(unique, b"\xff\x00 poison", b"a1", partition=0)
+    producer.flush(10)
+    publish_all(embedded, topic, [Paid(f"a{i % 100}", i) for i in range(5000, 9999)])
+    raised: list[str] = []
+    app._alerts._tell = lambda alert, *_: raised.append(alert)  # type: ignore[method-assign,assignment]
+    with Running(app):
+        wait_until(lambda: seen == 9999, "all the others", 60)
+        (letter,) = dead_letters(embedded, unique, unique, 1)
+
+    assert letter.source.value == b"\xff\x00 poison"
+    assert raised == ["dead_letter"]
 
 
 def test_alerts_are_told_once_and_once_again_on_recovery(embedded: Engine, unique: str) -> None:

@@ -317,6 +317,17 @@ def test_a_fault_at_every_crash_point_breaks_no_promise(own_engine: Engine, post
     strike_everywhere(own_engine, postgres, fault, seed=1, hits=HITS)
 
 
+@pytest.mark.server
+@pytest.mark.timeout(900)
+def test_three_nodes_of_which_one_is_killed_break_no_promise(postgres: Postgres, tmp_path: Path) -> None:
+    """S002.24, S000.10: the same program on three Kafka nodes, one of them killed at each crash point, another each time."""
+    engine = Engine("kafka3", tmp_path)
+    try:
+        strike_everywhere(engine, postgres, "broker", seed=1, hits=HITS)
+    finally:
+        engine.stop()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("fault", FAULTS)
