@@ -33,6 +33,7 @@ TRANSACTED = 60_000
 PUBLISHED = 3_000
 GATHERED = 60_000
 STUCK = 200_000
+MILLION = 1_000_000
 ROUNDS = 3
 
 
@@ -54,6 +55,7 @@ def topic_of(name: str, partitions: int = PARTITIONS) -> Topic:
 
 EVENTS_TOPIC = topic_of("events")
 KEYED_TOPIC = topic_of("keyed", 1)
+MILLION_TOPIC = topic_of("million")
 
 
 def fill(server: Server, topic: Topic, count: int, keys: int | None = None) -> None:
@@ -449,6 +451,36 @@ def stuck(server: Server) -> tuple[float, float]:
     return asyncio.run(run())
 
 
+def beside_a_failing_key(server: Server, group: str, is_failing: bool) -> float:
+    """A million events of 10,000 keys; one event in a thousand is of a key that always fails, or would. The hour in which
+    it fails is shortened: it is tried every half second."""
+    app = App(group, settings=Settings(server.address))
+    count = Count(MILLION - MILLION // 1000 if is_failing else MILLION)
+
+    @app.handler(MILLION_TOPIC, group=group, retry=Retry(1_000_000, "500ms"))
+    async def handle(event: Placed) -> None:
+        if is_failing and event.order_id == "bad":
+            raise RuntimeError("always")
+        count.add()
+
+    return run_app(app, count)
+
+
+def fill_million(server: Server) -> None:
+    fill(server, MILLION_TOPIC, 1)
+    producer = Producer(
+        {"bootstrap.servers": server.address, "linger.ms": 5, "queue.buffering.max.messages": 2_000_000,
+         "queue.buffering.max.kbytes": 2_000_000, "partitioner": "murmur2_random"}
+    )  # fmt: skip
+    for i in range(1, MILLION):
+        key = "bad" if i % 1000 == 0 else f"o-{i % 10_000}"
+        encoded = encode(Placed(key, "c", i, ""), "bench", Cause("c", None))
+        producer.produce(MILLION_TOPIC.name, encoded.value, key.encode(), headers=encoded.headers)
+        if i % 1000 == 0:
+            producer.poll(0)
+    producer.flush(120)
+
+
 def resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -524,7 +556,25 @@ def run() -> None:
         server.stop()
         postgres.stop()
     table.print()
+    failing_key()
     transactions()
+
+
+def failing_key() -> None:
+    table = Table("A key that fails, with a million events of others", ("no key fails", "one key fails"))
+    server = Headwater("headwater", NO_SYNC)
+    try:
+        fill_million(server)
+        measure(
+            table, "async handler that does nothing", "0.9",
+            {
+                "no key fails": lambda g: beside_a_failing_key(server, g, False),
+                "one key fails": lambda g: beside_a_failing_key(server, g, True),
+            },
+        )  # fmt: skip
+    finally:
+        server.stop()
+    table.print()
 
 
 def transactions() -> None:

@@ -71,7 +71,7 @@ class Faults:
         if number % POISON_EVERY == POISON_EVERY - 1:
             raise ZeroDivisionError(f"{number} is poison")
         tries = self.tries[number] = self.tries.get(number, 0) + 1
-        if number % LATE_EVERY == 0 and tries <= 3:
+        if number % LATE_EVERY == 0 and tries <= 5:
             raise RuntimeError(f"{number} is late")
         if number % FLAKY_EVERY == 0 and tries <= 1:
             raise RuntimeError(f"{number} is flaky")

@@ -18,7 +18,7 @@ from headwater.runtime.lane import NO_OFFSET, Attempted, Key
 from headwater.runtime.owner import Assignment, Owner, Policy, Received
 from headwater.runtime.pace import Pace
 from headwater.runtime.retry import FailureKinds, GivingUp, Retry
-from headwater.runtime.retry_topic import DISCARD, REDRIVE, Done, ParkedRecord, Request, SourceRecord
+from headwater.runtime.retry_topic import DISCARD, REDRIVE, Done, ParkedRecord, Request, SourceRecord, TakenBack
 
 KEYS = (b"a", b"b", None)
 LONGEST_SECONDS = 3000.0
@@ -292,21 +292,14 @@ class Process:
         await self._io()
         return [record for record in self.world.retry[place : place + 3] if isinstance(record, ParkedRecord)]
 
-    async def read_dead(self, dead_offset: int) -> Received | None:
+    async def read_dead(self, dead_offset: int) -> tuple[Received, int] | None:
         await self._io()
-        return Event(*self.world.dead[dead_offset]) if dead_offset < len(self.world.dead) else None
+        return (Event(*self.world.dead[dead_offset]), 0) if dead_offset < len(self.world.dead) else None
 
     async def answer(self, request: Request, done: bool) -> None:
         world = self.world
 
-        def forget() -> int:
-            for place, record in enumerate(world.retry):
-                if isinstance(record, Request) and record.dead_offset == request.dead_offset:
-                    world.retry[place] = None
-            world.resolved(request)
-            return 0
-
-        await self._send(forget)
+        await self._send(lambda: world.append(lambda _: TakenBack(request.dead_offset)))
 
     def now_ms(self) -> int:
         return round(self.world.loop.now * 1000)
@@ -411,9 +404,6 @@ class World:
 
     def given_up(self, offset: int) -> None:
         self.dead_offsets.add(offset)
-
-    def resolved(self, request: Request) -> None:
-        pass
 
     # A schedule
 

@@ -139,7 +139,7 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
             numbers=("partition", "committed", "end", "lag"),
         )
         for row in rows:
-            if row.waiting and not row.waiting.endswith("parked"):
+            if row.waiting and row.waiting.startswith("for "):
                 line = Text.assemble(("waits", "red"), f" {row.topic}-{row.partition}: {row.waiting}")
                 console.print(line, soft_wrap=True)
         _show_parked(parked)

@@ -29,6 +29,7 @@ FINAL = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_F
 __all__ = [
     "Begun",
     "ConsumerFailed",
+    "Gone",
     "KafkaConsumer",
     "KafkaException",
     "KafkaReader",
@@ -75,6 +76,10 @@ class ConsumerFailed(Exception):
     """The client gave up; the message says why."""
 
 
+class Gone(ConsumerFailed):
+    """The offset is not in the log any more."""
+
+
 class OutOfRange(Exception):
     """The committed offset is not in the log any more; the message says what to do."""
 
@@ -106,6 +111,7 @@ class KafkaConsumer:
             config["partition.assignment.strategy"]
         )
         self._told: dict[str, float] = {}
+        self._trouble: list[Exception] = []
 
     def subscribe(self, topics: list[str], assigned: Rebalance, revoked: Rebalance, lost: Rebalance) -> None:
         self._consumer.subscribe(
@@ -142,7 +148,12 @@ class KafkaConsumer:
     def _committed(self, partitions: list[TopicPartition], is_given_up: Callable[[], bool]) -> list[TopicPartition]:
         while partitions:
             try:
-                return list(self._consumer.committed(partitions, timeout=COMMITTED_SECONDS))
+                found = list(self._consumer.committed(partitions, timeout=COMMITTED_SECONDS))
+                refused = [place for place in found if place.error is not None]
+                if not refused:
+                    return found
+                self._tell(f"committed offsets: {refused[0].error}")
+                time.sleep(0.1)
             except KafkaException as error:
                 self._tell(f"committed offsets: {error.args[0].str()}")
             if is_given_up():
@@ -168,26 +179,35 @@ class KafkaConsumer:
     def take(self, count: int, seconds: float) -> list[Message]:
         """Wait for one record, then take what is there. Raises ConsumerFailed for an error that won't go away, and
         OutOfRange."""
+        self._raise_trouble()
         first = self._consumer.poll(seconds)
         if first is None:
             return []
         messages = [first, *self._consumer.consume(count - 1, 0)]
         if any(message.error() is not None for message in messages):
-            messages = [message for message in messages if not self._is_error(message)]
+            self._trouble += [trouble for message in messages if (trouble := self._trouble_of(message)) is not None]
+            messages = [message for message in messages if message.error() is None]
+            if not messages:
+                self._raise_trouble()
         return messages
+
+    def _raise_trouble(self) -> None:
+        """After the records that came with it: they must not be lost. Raises ConsumerFailed, OutOfRange."""
+        if self._trouble:
+            raise self._trouble.pop(0)
 
     def poll_paused(self, seconds: float) -> None:
         """Answer the group and take nothing."""
         self._consumer.pause(self._consumer.assignment())
         self._consumer.poll(seconds)
 
-    def _is_error(self, message: Message) -> bool:
-        """Whether it is an error; one that goes away is told once in a while. Raises ConsumerFailed."""
+    def _trouble_of(self, message: Message) -> Exception | None:
+        """An error that won't go away; one that does is told once in a while."""
         error = message.error()
         if error is None:
-            return False
+            return None
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            raise OutOfRange(
+            return OutOfRange(
                 message.topic() or "",
                 message.partition() or 0,
                 f"{self._group} has committed an offset of {message.topic()}-{message.partition()} that is not in the log "
@@ -196,9 +216,9 @@ class KafkaConsumer:
                 "with what is left.",
             )
         if error.fatal() or error.code() in FINAL:
-            raise ConsumerFailed(f"{self._group}: {error.str()}")
+            return ConsumerFailed(f"{self._group}: {error.str()}")
         self._tell(error.str())
-        return True
+        return None
 
     def commit_soon(self, offsets: list[TopicPartition]) -> None:
         """Answered inside a later poll. One at a time: see `commits_under_way`."""
@@ -213,9 +233,13 @@ class KafkaConsumer:
         """Wait for the answer, and say whether it was yes: in `revoked`, where nothing can be polled."""
         if offsets:
             try:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
+                answered = self._consumer.commit(offsets=offsets, asynchronous=False) or []
             except KafkaException as error:
                 self._tell(f"commit: {error.args[0].str()}")
+                return False
+            refused = [place for place in answered if place.error is not None]
+            if refused:
+                self._tell(f"commit: {refused[0].error}")
                 return False
             self.on_committed(offsets)
         return True
@@ -271,6 +295,7 @@ class KafkaReader:
         config.pop("group.instance.id", None)
         config["isolation.level"] = isolation
         self._consumer = confluent_kafka.Consumer({**config, "enable.partition.eof": True}, logger=client_logger)
+        self._trouble: ConsumerFailed | None = None
         if starts:
             self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])
 
@@ -282,6 +307,7 @@ class KafkaReader:
 
     def only(self, topic: str, partition: int, offset: int) -> None:
         """From now on this, and nothing else."""
+        self._trouble = None
         self._consumer.assign([TopicPartition(topic, partition, offset)])
 
     def nothing(self) -> None:
@@ -294,6 +320,9 @@ class KafkaReader:
 
     def take(self, count: int, seconds: float) -> tuple[list[Message], dict[tuple[str, int], int]]:
         """Records, and the partitions whose end was reached, with that end. Raises ConsumerFailed."""
+        if self._trouble is not None:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
         messages: list[Message] = []
         ended: dict[tuple[str, int], int] = {}
         for message in self._consumer.consume(count, seconds):
@@ -303,7 +332,11 @@ class KafkaReader:
             elif error.code() == KafkaError._PARTITION_EOF:
                 ended[message.topic() or "", message.partition() or 0] = message.offset() or 0
             else:
-                raise ConsumerFailed(error.str())
+                kind = Gone if error.code() == KafkaError._AUTO_OFFSET_RESET else ConsumerFailed
+                self._trouble = kind(error.str())  # after the records that came with it
+        if self._trouble is not None and not messages:
+            trouble, self._trouble = self._trouble, None
+            raise trouble
         return messages, ended
 
     def close(self) -> None:

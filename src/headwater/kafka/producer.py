@@ -64,6 +64,27 @@ TRANSACTIONAL = {"transaction.timeout.ms": "10000", "retry.backoff.ms": "5", "lo
 class NotPublished(Exception):
     """The broker did not acknowledge; the message says why. Whether it is in the log is not known."""
 
+    def __init__(self, message: str, *, is_about_the_record: bool = False) -> None:
+        """is_about_the_record: another one would be taken."""
+        super().__init__(message)
+        self.is_about_the_record = is_about_the_record
+
+
+def _not_published(topic: str, error: confluent_kafka.KafkaError) -> NotPublished:
+    return NotPublished(f"{topic}: {error.str()}", is_about_the_record=error.code() in ABOUT_THE_RECORD)
+
+
+ABOUT_THE_RECORD = (
+    confluent_kafka.KafkaError.MSG_SIZE_TOO_LARGE,
+    confluent_kafka.KafkaError.RECORD_LIST_TOO_LARGE,
+    confluent_kafka.KafkaError.INVALID_RECORD,
+    confluent_kafka.KafkaError.UNKNOWN_TOPIC_OR_PART,
+    confluent_kafka.KafkaError._UNKNOWN_TOPIC,
+    confluent_kafka.KafkaError._UNKNOWN_PARTITION,
+    confluent_kafka.KafkaError.TOPIC_EXCEPTION,
+    confluent_kafka.KafkaError.TOPIC_AUTHORIZATION_FAILED,
+)
+
 
 class Acknowledged(NamedTuple):
     topic: str
@@ -121,7 +142,7 @@ class KafkaProducer:
 
         def delivered(error: confluent_kafka.KafkaError | None, message: confluent_kafka.Message) -> None:
             if error is not None:
-                done(NotPublished(f"{topic}: {error.str()}"))
+                done(_not_published(topic, error))
             else:
                 done(Acknowledged(topic, message.partition() or 0, message.offset() or 0))
 
@@ -137,7 +158,7 @@ class KafkaProducer:
                     raise QueueFull from None
                 time.sleep(FULL_SECONDS)
             except confluent_kafka.KafkaException as error:
-                done(NotPublished(f"{topic}: {error.args[0].str()}"))
+                done(_not_published(topic, error.args[0]))
                 return
 
     def send_and_wait(self, topic: str, key: bytes | None, value: bytes | None, headers: Headers) -> Acknowledged:

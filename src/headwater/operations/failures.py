@@ -9,7 +9,6 @@ topic; they have no owner of ours that could obey.
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import KafkaReader, Message, headers_of
 from headwater.kafka.producer import Acknowledged, Headers, KafkaProducer, NotPublished
 from headwater.runtime.lane import NO_OFFSET, Attempted
@@ -146,6 +145,8 @@ def read_all(settings: Settings, admin: KafkaAdmin, topic: str, progress: Progre
                     yield message
             if progress is not None:
                 progress(done, total)
+        if left:
+            raise AdminError(f"{topic} can't be read to its end: nothing came for {READ_SECONDS:.0f} s.")
     finally:
         reader.close()
 
@@ -172,8 +173,8 @@ def read_failures(
             requested.add((partition, record.dead_offset))
         elif isinstance(record, Resolved):
             resolved[partition, record.dead_offset] = record
-        elif message.key() is not None and (message.key() or b"")[:1] == b"r":
-            requested.discard((partition, int(struct.unpack(">q", (message.key() or b"")[1:])[0])))
+        else:
+            requested.discard((partition, record.dead_offset))
     held = {
         (partition, record.attempted.held)
         for (partition, _), record in parked.items()

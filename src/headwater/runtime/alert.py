@@ -4,7 +4,8 @@
 
     POST {"alert": "breaker", "state": "raised", "group": "inventory", "topic": "orders", "detail": ..., "at": ISO-8601}
 
-dead_letter   events were given up on: at once for the first; those of the next minute together, with their count.
+dead_letter   events were given up on: at once for the first; those of the next minute are told with the next
+              one after it, with their count.
               There is no recovery.
 breaker       the handler waits for an outage to end
 tier          the lag in seconds is above the tier's alarm; over when it is below the target
@@ -41,8 +42,8 @@ class Alerts:
         self._webhook = webhook
         self._source = source
         self._raised: set[tuple[str, str]] = set()
-        self._gathered: dict[str, int] = {}
-        self._gather_ends: dict[str, float] = {}
+        self._gathered: dict[tuple[str, str], int] = {}
+        self._gather_ends: dict[tuple[str, str], float] = {}
         self._waiting: deque[dict[str, object]] = deque(maxlen=MOST_WAITING)
         self._wake = threading.Event()
         self._stopping = False
@@ -67,11 +68,12 @@ class Alerts:
     def happened(self, alert: str, group: str, topic: str, detail: str) -> None:
         """What has no end: the first is told at once, those of the next minute together."""
         with self._lock:
-            if time.monotonic() < self._gather_ends.get(group, 0.0):
-                self._gathered[group] = self._gathered.get(group, 0) + 1
+            what = (alert, group)
+            if time.monotonic() < self._gather_ends.get(what, 0.0):
+                self._gathered[what] = self._gathered.get(what, 0) + 1
                 return
-            self._gather_ends[group] = time.monotonic() + TOGETHER_SECONDS
-            more = self._gathered.pop(group, 0)
+            self._gather_ends[what] = time.monotonic() + TOGETHER_SECONDS
+            more = self._gathered.pop(what, 0)
         self._tell(
             alert, RAISED, group, topic, detail if not more else f"{more + 1} more, the last: {detail}", more + 1
         )

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -46,6 +47,7 @@ F = TypeVar("F", bound=Function)
 STOP_SECONDS = 20.0
 WEB_STOP_SECONDS = 10  # for requests that are being answered
 DEFAULT_MAX_MESSAGE_BYTES = "1048588"
+KNOWN_SECONDS = 15.0  # for a topic that was made to be known everywhere
 DEFAULT_RETRY = Retry()
 
 
@@ -177,6 +179,18 @@ class App:
         topic, key, encoded = self._router.encode(event)
         return self._producer.send_and_wait(topic.name, key, encoded.value, encoded.headers)
 
+    async def publish_all(self, events: Sequence[object]) -> None:
+        """All of them at once. Raises NotPublished, NoTopic."""
+        await asyncio.gather(*(self.publish(event) for event in events))
+
+    def publish_all_sync(self, events: Sequence[object]) -> None:
+        """`publish_all` for threads without an event loop."""
+        for event in events:
+            self.publish_sync(event)
+
+    def begin(self) -> None:
+        """See `headwater.runtime.delivery.Effects`: nothing is to be prepared."""
+
     def unit_of_work(self, session: AsyncSession | Session | None = None) -> UnitOfWork:
         """On the caller's own session, or on a new async one of this application's database."""
         database = self.database  # whose outbox the relay reads
@@ -296,9 +310,10 @@ class App:
         for name, partitions in small.items():
             admin.grow_topic(name, partitions)
         names = sorted({handler.topic.name for handler in self.handlers})
-        self._topic_ids = {each.name: each.topic_id for each in admin.describe_topics(names)} if names else {}
+        described = _when_known(lambda: admin.describe_topics(names)) if names else []
+        self._topic_ids = {each.name: each.topic_id for each in described}
         self._retentions = {
-            name: int(admin.topic_configs(name)["retention.ms"].value)
+            name: int(_when_known(lambda name=name: admin.topic_configs(name))["retention.ms"].value)  # type: ignore[misc]
             for name in {h.topic.name for h in self.handlers if h.delivery is Delivery.EFFECTIVELY_ONCE}
         }
 
@@ -428,12 +443,28 @@ def _topics_of_failures(
     if handler.topic.name in present:
         partitions = present[handler.topic.name]
         if handler.dead_topic not in present or handler.retry_topic not in present:
-            configs = {name: each.value for name, each in admin.topic_configs(handler.topic.name).items()}
+            found = _when_known(lambda: admin.topic_configs(handler.topic.name))
+            configs = {name: each.value for name, each in found.items()}
     largest = {"max.message.bytes": str(int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + HEADER_ROOM)}
     return {
         handler.retry_topic: (partitions, {**RETRY_CONFIGS, **largest}),
         handler.dead_topic: (partitions, {**DEAD_CONFIGS, **largest}),
     }
+
+
+T = TypeVar("T")
+
+
+def _when_known(ask: Callable[[], T]) -> T:
+    """What was made just now is not known to every node at once. Raises AdminError."""
+    deadline = time.monotonic() + KNOWN_SECONDS
+    while True:
+        try:
+            return ask()
+        except AdminError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 Choice = TypeVar("Choice", bound=StrEnum)

@@ -33,7 +33,9 @@ class Outage(NamedTuple):
 
 
 class Breaker:
-    def __init__(self) -> None:
+    def __init__(self, only_unavailable: bool = False) -> None:
+        """only_unavailable: nothing else opens it (exactly_once, where a batch is brought to its end)."""
+        self.only_unavailable = only_unavailable
         self.outage: Outage | None = None
         self.epoch = 0
         """Grows whenever it opens or closes: an attempt says in which one it began."""
@@ -44,6 +46,11 @@ class Breaker:
     @property
     def is_open(self) -> bool:
         return self.outage is not None
+
+    @property
+    def is_crowded(self) -> bool:
+        """Open because of parked keys."""
+        return self._is_crowded
 
     @property
     def has_failures(self) -> bool:
@@ -73,6 +80,8 @@ class Breaker:
         if self.outage is not None:
             self._probe_failed(epoch)
             return
+        if self.only_unavailable:
+            return
         self._recent.append((key, False))
         failing = [key for key, is_good in self._recent if not is_good]
         if len(set(failing)) >= FAILING_KEYS and len(failing) * 2 >= RECENT:
@@ -86,7 +95,7 @@ class Breaker:
 
     def parked_keys(self, count: int, now_ms: int) -> bool:
         """How many are parked now, in all partitions of this process; True when this closed it."""
-        if self.outage is None and count > MOST_PARKED_KEYS:
+        if self.outage is None and count > MOST_PARKED_KEYS and not self.only_unavailable:
             self._open(f"{count} keys are parked", now_ms, False)
             self._is_crowded = True
         elif self._is_crowded and count <= CLOSES_AT_PARKED_KEYS:

@@ -187,13 +187,19 @@ class ConsumerThread:
         for message in messages:
             firsts.setdefault(message.partition() or 0, message.offset() or 0)
         ends = {message.partition() or 0: (message.offset() or 0) + 1 for message in messages}
-        metadata = encode_metadata(Progress())
-        if self._consumer.commit_now([TopicPartition(self._topic, p, end, metadata) for p, end in ends.items()]):
+        places = [TopicPartition(self._topic, p, end, self._metadata_of(p, end)) for p, end in ends.items()]
+        if self._consumer.commit_now(places):
             return True
         for partition, first in firsts.items():
             if partition in self._owners:
                 self._consumer.seek(self._topic, partition, first)
         return False
+
+    def _metadata_of(self, partition: int, end: int) -> str:
+        """A replay lasts until the group is where it was."""
+        owner = self._owners.get(partition)
+        replay = owner.assignment.progress.replay if owner is not None else None
+        return encode_metadata(Progress(replay=replay if replay is not None and end < replay.until else None))
 
     def _resume(self) -> None:
         ready = [number for number in self._paused if number in self._owners and _is_half_empty(self._owners[number])]
@@ -228,6 +234,8 @@ class ConsumerThread:
             self._own(begun)
 
     def _own(self, begun: Begun) -> None:
+        if self._stop_seconds is not None:
+            return  # it comes too late to be begun
         number = begun.partition
         self._token += 1
         progress = self._progress_of(begun)
@@ -242,7 +250,9 @@ class ConsumerThread:
     def _begin_again(self) -> None:
         self._reset_asked = False
         partitions = self._places(list(self._owners))
-        self._take_away(partitions)
+        for owner in self._take_away(partitions).values():
+            self._call(owner.stop)
+            self._call(owner.cancel)
         for begun in self._consumer.seek_to_committed(partitions, lambda: self._stop_seconds is not None):
             self._own(begun)
 
@@ -258,7 +268,9 @@ class ConsumerThread:
             end = self._consumer.end_offset(self._topic, begun.partition)
         except KafkaException:
             end = begun.committed  # nothing is known to be repeated
-        progress = Progress(replay=Replay(time.time_ns() // 1_000_000, begun.committed, end, end))
+        # Whether any of it was handled before is not known, so nobody stays silent.
+        replay = Replay(time.time_ns() // 1_000_000, begun.committed, end, end, outside_effects=True)
+        progress = Progress(replay=replay)
         position = TopicPartition(self._topic, begun.partition, begun.committed, encode_metadata(progress))
         self._consumer.commit_now([position])
         logger.info(

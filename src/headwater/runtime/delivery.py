@@ -10,7 +10,7 @@ publishes, COMMIT.
 """
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
@@ -39,9 +39,16 @@ class Effects(Protocol):
 
     async def release(self, uow: UnitOfWork) -> None: ...
 
-    def publish(self, event: object) -> Awaitable[object]: ...
+    def begin(self) -> None:
+        """A handler is about to be called, in this context."""
+
+    async def publish(self, event: object) -> object: ...
 
     def publish_sync(self, event: object) -> object: ...
+
+    async def publish_all(self, events: Sequence[object]) -> object: ...
+
+    def publish_all_sync(self, events: Sequence[object]) -> object: ...
 
 
 class WrongOutcome(TypeError):
@@ -55,6 +62,7 @@ class Calls:
         self._executor = executor
         self._topic_id = topic_id
         self._decode = handler.decoder.decode
+        self._begin = effects.begin
         self._has_inbox = handler.delivery is Delivery.EFFECTIVELY_ONCE
         self._is_plain = handler.uow_parameter is None and handler.envelope_parameter is None and not handler.batch
 
@@ -78,10 +86,11 @@ class Calls:
 
     async def attempt(self, event: Received, attempted: Attempted | None, generation: int) -> None:
         handler = self._handler
+        self._begin()
         if not handler.is_async:
             context = copy_context()
             run = asyncio.get_running_loop().run_in_executor
-            await run(self._executor, context.run, self.attempt_sync, event, generation, attempted)
+            await run(self._executor, context.run, self._call_sync, event, generation, attempted)
             return
         envelope = self.decode(event)
         set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
@@ -123,8 +132,12 @@ class Calls:
 
     # Sync handlers
 
-    def attempt_sync(self, event: Received, generation: int, attempted: Attempted | None = None) -> None:
+    def attempt_sync(self, event: Received, generation: int) -> None:
         """In a thread."""
+        self._begin()
+        self._call_sync(event, generation, None)
+
+    def _call_sync(self, event: Received, generation: int, attempted: Attempted | None) -> None:
         handler, effects = self._handler, self._effects
         envelope = self.decode(event)
         set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
@@ -158,6 +171,7 @@ class Calls:
 
     async def attempt_batch(self, events: Sequence[Received], generation: int) -> list[BaseException | None]:
         """An outcome per event; those that can't be decoded never reach the handler. Raises what the handler raises."""
+        self._begin()
         outcomes: list[BaseException | None] = [None] * len(events)
         envelopes: list[Envelope] = []
         places: list[int] = []
@@ -209,9 +223,7 @@ class Calls:
         if handler.uow_parameter is None:
             result = handler.function([envelope.data for envelope in envelopes])
             checked = checked_outcomes(result, len(envelopes))
-            for each in checked:
-                if each is not None and not isinstance(each, BaseException):
-                    self._effects.publish_sync(each)
+            self._effects.publish_all_sync(_events_of(checked))
             return [each if isinstance(each, BaseException) else None for each in checked]
         uow = self._effects.sync_unit_of_work()
         try:
@@ -235,9 +247,7 @@ class Calls:
 
     async def _outcomes(self, result: object, count: int) -> list[BaseException | None]:
         checked = checked_outcomes(result, count)
-        for each in checked:
-            if each is not None and not isinstance(each, BaseException):
-                await self._effects.publish(each)
+        await self._effects.publish_all(_events_of(checked))
         return [each if isinstance(each, BaseException) else None for each in checked]
 
     def _outcomes_in(self, uow: UnitOfWork, result: object, count: int) -> None:
@@ -247,6 +257,10 @@ class Calls:
                 raise each
             if each is not None:
                 uow.publish(each)
+
+
+def _events_of(outcomes: Sequence[object]) -> list[object]:
+    return [each for each in outcomes if each is not None and not isinstance(each, BaseException)]
 
 
 def checked_outcomes(result: object, count: int) -> Sequence[object]:

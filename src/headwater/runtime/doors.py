@@ -134,7 +134,7 @@ class PartitionDoors:
     async def read_back(self, place: int) -> list[ParkedRecord]:
         return await self._reader.read_back(self._assignment.partition, place)
 
-    async def read_dead(self, dead_offset: int) -> Received | None:
+    async def read_dead(self, dead_offset: int) -> tuple[Received, int] | None:
         message = await self._reader.read_dead(self._assignment.partition, dead_offset)
         if message is None:
             return None
@@ -146,7 +146,7 @@ class PartitionDoors:
             return None
         if letter.topic_id != self._assignment.topic_id:
             return None  # of a topic of the same name that is no more
-        return ReadBack(ParkedRecord(letter.source, letter.topic_id, None))
+        return ReadBack(ParkedRecord(letter.source, letter.topic_id, None)), letter.attempted.generation
 
     async def answer(self, request: Request, done: bool) -> None:
         if done:

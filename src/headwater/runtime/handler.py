@@ -135,6 +135,11 @@ class Handler:
                 f"the handler {self.name} is exactly_once, which covers what it returns, and takes a UnitOfWork, which it "
                 "doesn't cover: use effectively_once."
             )
+        if self.delivery is Delivery.AT_MOST_ONCE and options.retry is None:
+            raise InvalidHandler(
+                f"the handler {self.name} is at_most_once, which tries nothing again, and has retry=None, which tries for "
+                "ever: leave retry out; what fails goes to the dead-letter topic."
+            )
         if self.delivery is Delivery.EXACTLY_ONCE and options.retry is None:
             raise InvalidHandler(
                 f"the handler {self.name} is exactly_once, which needs a retry policy: retry=Retry(...)."

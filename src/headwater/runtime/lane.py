@@ -266,7 +266,8 @@ class Lanes(Generic[E]):
         It was the smallest when it began; a redrive may have put an earlier one before it.
         """
         assert lane.parked
-        assert lane.parked.remove(offset)
+        was_there = lane.parked.remove(offset)
+        assert was_there
         if not lane.parked:
             self.parked_keys -= 1
         self._floors[lane.key] = max(offset, self._floors.get(lane.key, NO_OFFSET))

@@ -45,7 +45,7 @@ from headwater.runtime.retry import (
     Retry,
     said_by,
 )
-from headwater.runtime.retry_topic import DISCARD, REDRIVE, Done, ParkedRecord, Request, Resolved
+from headwater.runtime.retry_topic import DISCARD, REDRIVE, ParkedRecord, Request, Resolved, RetryRecord, TakenBack
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,8 @@ class Doors(Protocol):
     async def read_back(self, place: int) -> list[ParkedRecord]:
         """What the retry topic has from that place on, at least the record there. Raises ConsumerFailed."""
 
-    async def read_dead(self, dead_offset: int) -> Received | None:
-        """None when retention has taken it."""
+    async def read_dead(self, dead_offset: int) -> tuple[Received, int] | None:
+        """With the inbox generation that it was given up in; None when retention has taken it."""
 
     async def answer(self, request: Request, done: bool) -> None:
         """The request was obeyed, or (not `done`) can't be."""
@@ -160,7 +160,7 @@ class Strand:
         """In a thread."""
         owner = self.owner
         for offset, event in self.events:
-            if owner.is_stopping:
+            if owner.is_cut_off or owner.breaker_epoch != self.epoch:
                 return
             note = owner.note
             note("start", o=offset, n=1)
@@ -230,6 +230,7 @@ class Owner:
         replay = assignment.progress.replay
         self._replay = replay
         self._finished = finished_offsets(assignment.frontier or 0, assignment.progress.done)
+        self._finished_end = max(self._finished, default=0)
         self._frontier = Frontier(assignment.frontier)
         self.lanes: Lanes[Received] = Lanes(replayed_below=replay.until if replay else 0)
         self._incoming: deque[Received] = deque()
@@ -247,6 +248,7 @@ class Owner:
         self._progress_timer: asyncio.TimerHandle | None = None
         self._cache: dict[int, Received] = {}
         self._cache_bytes = 0
+        self._slots_held = 0
         self._requests: deque[Request] = deque()
         self._is_obeying = False
         self._is_burying = False
@@ -303,7 +305,9 @@ class Owner:
             self._frontier.advance((messages[-1].offset() or 0) + 1)
         else:
             self._frontier.take([message.offset() or 0 for message in messages])
-        self._waiting_times.append((messages[0].offset() or 0, messages[0].timestamp()[1]))
+        at = messages[0].timestamp()[1]
+        if not self._waiting_times or at - self._waiting_times[-1][1] >= 1000:  # one a second is enough to tell the lag
+            self._waiting_times.append((messages[0].offset() or 0, at))
         self._incoming.extend(messages)
         self._look_later()
         self._pump()
@@ -340,10 +344,23 @@ class Owner:
                 return
             self.look()
             self._pace.leave(self)
+            while self._slots_held:  # of tasks that were cut off before they could give theirs back
+                self._release_slot()
             if self._progress_timer is not None:
                 self._progress_timer.cancel()
             self.note("revoke")
             self.stopped.set()
+
+    def _take_slot(self) -> None:
+        self._slots_held += 1
+        self._pace.free -= 1
+
+    def _release_slot(self) -> bool:
+        """Whether somebody waited for it."""
+        if self._slots_held <= 0:
+            return False
+        self._slots_held -= 1
+        return self._pace.release()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -374,6 +391,8 @@ class Owner:
         offset = self._frontier.offset
         if offset is None:
             return
+        if self._finished and self._frontier.position > self._finished_end:
+            self._finished.clear()
         self.lanes.forget_floors((self._incoming[0].offset() or 0) if self._incoming else self._frontier.position)
         replay = self._replay
         if replay is not None and offset >= replay.until:
@@ -436,14 +455,19 @@ class Owner:
 
     def offer_probe(self) -> bool:
         """While the breaker is open: one event that is not at work. Rather one that was not tried yet: those that are
-        parked have failed before."""
+        parked have failed before. Where too many are parked, they are what must become less."""
         if not self._is_loaded or self.is_stopping:
             return False
+        if self._pace.breaker.is_crowded:
+            lane = self._pop_due()
+            if lane is not None:
+                self._begin_retry(lane)
+            return lane is not None
         for _ in range(len(self._incoming)):
             event = self._incoming.popleft()
             lane = self._arrive(event)
             if lane is not None:
-                self._pace.free -= 1
+                self._take_slot()
                 self._spawn(self._run_lane(lane, event))
                 return True
         lane = self._pop_due()
@@ -512,7 +536,7 @@ class Owner:
 
     async def _run(self) -> None:
         """A runner: one event after the other, until it is no more the one that takes them."""
-        loop, pace = asyncio.get_running_loop(), self._pace
+        loop = asyncio.get_running_loop()
         baton: object = object()
         self._baton = baton
         loop.call_soon(self._pass_on, baton)
@@ -522,7 +546,7 @@ class Owner:
             lane = self._arrive(event)
             if lane is None:
                 continue
-            pace.free -= 1
+            self._take_slot()
             failure = await self._attempt(lane.key, event, None)
             following: tuple[int, Received] | None = None
             if failure is None:
@@ -534,7 +558,7 @@ class Owner:
                 elif following is not None:
                     self._spawn(self._run_lane(lane, following[1]))
                 else:
-                    pace.release()
+                    self._release_slot()
                 if time.perf_counter() > turn_ends:
                     break
                 continue
@@ -542,8 +566,9 @@ class Owner:
                 await self._run_lane(lane, event, failure)
             elif following is not None:
                 await self._run_lane(lane, following[1])
-            else:
-                pace.release()
+            elif self._release_slot():
+                loop.call_soon(self._pump)  # another partition was waiting for a slot: its turn
+                return
             if self._baton is not None:
                 return
             self._baton = baton = object()
@@ -583,6 +608,8 @@ class Owner:
             await doors.attempt(event, attempted, generation)
         except Unknown:
             doors.note("skip", o=offset)
+            if epoch:
+                pace.probe_again()
             return None
         except Exception as error:
             failure = Failure(error, epoch)
@@ -624,7 +651,7 @@ class Owner:
                 self._settled(event)
                 following = self._next_of(lane)
         finally:
-            self._pace.release()
+            self._release_slot()
 
     # Failures
 
@@ -663,16 +690,17 @@ class Owner:
                 if not pace.breaker.is_open:
                     break
             if pace.breaker.is_open:
-                pace.release()  # what waits for the outage to end takes no slot from a probe
+                self._release_slot()  # what waits for the outage to end takes no slot from a probe
                 try:
                     await self._wait_for_turn()
                 finally:
-                    pace.free -= 1
+                    self._take_slot()
             tries += 1
             again = await self._attempt(lane.key, event, None)
             if again is None:
                 if policy.retry is None:
                     self._blocked = None
+                    self.go_on()
                 return True
             failure = again
         attempted = Attempted(1, 0, first_failed_ms, kind, said_by(error), generation=self.generation_of(offset))
@@ -786,13 +814,17 @@ class Owner:
         while (found := lanes.next_to_park(lane)) is not None:
             offset, event = found
             if attempted is not None or doors.is_wanted(event):
+                generation = self.generation_of(offset)
+                if attempted is None and generation:  # it must be known when the replay is over
+                    now = doors.now_ms()
+                    attempted = Attempted(0, now, now, Kind.TRANSIENT, "waits behind its key", generation=generation)
                 place = await self._send_parked(event, attempted)
                 was_parked = bool(lane.parked)
                 lanes.is_parked(lane, offset, place, attempted)
                 self._keep(offset, event)
                 if not was_parked:
                     self._pace.count_parked()
-                if not lane.is_retrying:
+                if not lane.is_retrying and lane.parked is not None and lane.parked.smallest == offset:
                     self._schedule(lane)
             else:
                 assert lane.queue is not None
@@ -856,13 +888,13 @@ class Owner:
             if lane is None:
                 break
             self._begin_retry(lane)
-        else:
+        if self._due and self._due[0][0] <= self._doors.now_ms():
             self._pace.wants_slot(self)
-            return
-        self._set_retry_timer()
+        else:
+            self._set_retry_timer()
 
     def _begin_retry(self, lane: Lane[Received]) -> None:
-        self._pace.free -= 1
+        self._take_slot()
         self.lanes.begin_retry(lane)
         self._spawn(self._retry(lane))
 
@@ -889,7 +921,7 @@ class Owner:
                 self._pace.count_parked()
                 self._look_later()
         finally:
-            self._pace.release()
+            self._release_slot()
             lane.is_retrying = False  # in any case: a later owner finds the truth in the retry topic
         lanes.end_retry(lane)
         if lane.parked:
@@ -949,7 +981,7 @@ class Owner:
                 for record in await self._doors.read_back(place):
                     if record.source.offset == offset and record.place == place:
                         event = ReadBack(record)
-                    else:
+                    elif self.lanes.holds(_key_of(record), record.source.offset):
                         self._keep(record.source.offset, ReadBack(record))
                 if event is not None:
                     return event
@@ -966,23 +998,20 @@ class Owner:
 
     # The retry topic: what is found at the takeover, and what operators ask for
 
-    def read_retry_topic(self, records: Sequence["ParkedRecord | Done | Request | Resolved"]) -> None:
+    def read_retry_topic(self, records: Sequence[RetryRecord]) -> None:
         """In order. Parked and done count at the takeover only: those written by others later matter at the next one."""
         for record in records:
             if isinstance(record, Request):
                 self._requests.append(record)
-            elif isinstance(record, Resolved) or self._is_loaded:
+            elif isinstance(record, TakenBack | Resolved):
+                answered = record.dead_offset
+                self._requests = deque(request for request in self._requests if request.dead_offset != answered)
+            elif self._is_loaded:
                 continue
             elif isinstance(record, ParkedRecord) and record.topic_id != self.assignment.topic_id:
                 self._strangers[record.source.offset] = record
             elif isinstance(record, ParkedRecord):
-                key = record.source.key
-                self.lanes.load(
-                    key if key is not None else record.source.offset,
-                    record.source.offset,
-                    record.place,
-                    record.attempted,
-                )
+                self.lanes.load(_key_of(record), record.source.offset, record.place, record.attempted)
             elif self._strangers.pop(record.offset, None) is None:
                 self.lanes.unload(record.key if record.key is not None else record.offset, record.offset)
         self._obey_requests()
@@ -997,20 +1026,25 @@ class Owner:
         """One request after the other."""
         try:
             while self._requests and not self.is_stopping and not self._pace.is_shut:
-                request = self._requests[0]
+                request = self._requests.popleft()
                 is_done = await self._obey_one(request)
                 if is_done is None:
-                    self._requests.rotate(-1)
+                    self._requests.append(request)
                     await self._pause(REQUEST_SECONDS)
                     continue
                 await self._insist("the answer to a request", lambda r=request, d=is_done: self._doors.answer(r, d))  # type: ignore[misc]
-                self._requests.popleft()
         finally:
             self._is_obeying = False
 
     async def _obey_one(self, request: Request) -> bool | None:
-        """Whether it could be obeyed; None when the event is at work just now."""
-        letter = await self._doors.read_dead(request.dead_offset)
+        """Whether it could be obeyed; None when that can't be said now: the event is at work, or can't be read."""
+        try:
+            found = await self._doors.read_dead(request.dead_offset)
+        except Exception as error:
+            logger.warning("dead_letter_unreadable handler=%s partition=%d dead_offset=%d reason=%s",
+                           self.policy.name, self.partition, request.dead_offset, said_by(error))  # fmt: skip
+            return None
+        letter, generation = found if found is not None else (None, 0)
         if letter is None or request.action not in (REDRIVE, DISCARD):
             logger.warning("request_refused action=%s dead_offset=%d reason=%s", request.action, request.dead_offset,
                            "there is no such dead letter" if letter is None else "it is not known")  # fmt: skip
@@ -1032,7 +1066,7 @@ class Owner:
         if not is_held and self.lanes.holds(offset if key is None else key, offset):
             return True  # it is parked, and will be tried anyway
         now = self._doors.now_ms()
-        attempted = Attempted(0, now, now, Kind.TRANSIENT, "redriven", is_redriven=True)
+        attempted = Attempted(0, now, now, Kind.TRANSIENT, "redriven", is_redriven=True, generation=generation)
         place = await self._send_parked(letter, attempted)
         lane = self.lanes.load(offset if key is None else key, offset, place, attempted)
         self._forget(offset)
@@ -1078,12 +1112,15 @@ class Owner:
         count = strand.count
         for _, event in strand.events[strand.settled : count]:
             self._settled(event)
+        if count > strand.settled and (strand.epoch or self._pace.breaker.has_failures):
+            self._pace.succeeded(strand.lane.key, strand.epoch)
         strand.settled = count
 
     def strand_over(self, strand: Strand) -> None:
         """On the loop."""
         self._running.discard(strand)
         if self._is_cancelled:
+            self._check_stopped()
             return
         self._settle_strand(strand)
         lane, rest = strand.lane, strand.events[strand.count :]
@@ -1092,8 +1129,10 @@ class Owner:
                 lane.queue = deque()
             lane.queue.extendleft(reversed(rest[1:]))
         if strand.error is not None:
-            self._pace.free -= 1
+            self._take_slot()
             self._spawn(self._run_lane(lane, rest[0][1], Failure(strand.error, strand.epoch)))
+        elif rest and not self.is_stopping:
+            self._spawn(self._resume(lane, rest[0][1]))  # the breaker opened meanwhile
         elif rest:
             pass  # stopping
         elif lane.queue and not lane.parked and not self.is_stopping:
@@ -1103,6 +1142,20 @@ class Owner:
             self._next_of(lane)
         if self.is_stopping:
             self._check_stopped()
+
+    async def _resume(self, lane: Lane[Received], event: Received) -> None:
+        await self._wait_for_turn()
+        self._take_slot()
+        await self._run_lane(lane, event)
+
+    @property
+    def breaker_epoch(self) -> int:
+        return self._pace.breaker.epoch
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether nothing more may begin, in any thread. What was settled first is now or never."""
+        return self._is_cancelled or (self.is_stopping and not self.policy.settles_first)
 
     # Batch handlers
 
@@ -1162,19 +1215,29 @@ class Owner:
                 self._settled(event)
         if attempted and len(bad) < len(batch) and (epoch or pace.breaker.has_failures):
             pace.succeeded(batch[0][0].key, epoch)
+        alone: deque[tuple[Lane[Received], Received, Failure | None]] = deque()
         for lane in {lane.key: lane for lane, _ in batch}.values():
             if lane.key not in bad:
                 following = self._next_of(lane)
                 if following is not None:
-                    pace.free -= 1
-                    self._spawn(self._run_lane(lane, following[1]))
+                    alone.append((lane, following[1], None))
                 continue
             (event, error), *rest = bad[lane.key]
             if lane.queue is None:
                 lane.queue = deque()
             lane.queue.extendleft((later.offset() or 0, later) for later, _ in reversed(rest))
-            pace.free -= 1
-            self._spawn(self._run_lane(lane, event, Failure(error, epoch) if error is not None else None))
+            alone.append((lane, event, Failure(error, epoch) if error is not None else None))
+        for _ in range(max(1, min(len(alone), pace.free)) if alone else 0):
+            self._spawn(self._run_alone(alone))
+
+    async def _run_alone(self, lanes: "deque[tuple[Lane[Received], Received, Failure | None]]") -> None:
+        """One key after the other."""
+        while lanes and not self.is_stopping:
+            lane, event, failure = lanes.popleft()
+            if failure is None and self._pace.breaker.is_open:
+                await self._wait_for_turn()
+            self._take_slot()
+            await self._run_lane(lane, event, failure)
 
 
 class ReadBack:
@@ -1196,6 +1259,10 @@ class ReadBack:
 
     def timestamp(self) -> tuple[int, int]:
         return (1, self.source.timestamp_ms)
+
+
+def _key_of(record: ParkedRecord) -> Key:
+    return record.source.key if record.source.key is not None else record.source.offset
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

@@ -38,7 +38,6 @@ class Pace:
         self.free = slots
         self.is_shut = False
         """Nothing may begin: no transaction is open (exactly_once)."""
-        self._slots = slots
         self._name = name
         self._now_ms = now_ms
         self._changed = changed
@@ -51,6 +50,7 @@ class Pace:
 
     def join(self, worker: Worker) -> None:
         self._workers.append(worker)
+        self.probe_again()
 
     def leave(self, worker: Worker) -> None:
         if worker in self._workers:
@@ -64,17 +64,17 @@ class Pace:
             self.probe_again()  # the probe may have gone with it
 
     def start_anew(self) -> None:
-        """All workers are gone, and what they had at work with them."""
-        was_open = self.breaker.is_open
-        self.breaker = Breaker()
-        self.free = self._slots
+        """All workers are gone, and what they had at work with them; whoever aborts knows when the outage is over."""
+        self.breaker = Breaker(self.breaker.only_unavailable)
         self._starved.clear()
         self._workers.clear()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if was_open:
-            self._changed(None)
+
+    def recovered(self) -> None:
+        """Told after `start_anew`, when it works again."""
+        self._changed(None)
 
     # Slots
 
@@ -83,10 +83,16 @@ class Pace:
         if worker not in self._starved:
             self._starved.append(worker)
 
-    def release(self) -> None:
+    def release(self) -> bool:
+        """Whether somebody waited for a slot: then it is theirs first."""
         self.free += 1
-        if self._starved:
+        woken = False
+        for _ in range(len(self._starved)):
+            if self.free <= 0:
+                break
             self._starved.popleft().go_on()
+            woken = True
+        return woken
 
     # The breaker
 

@@ -88,7 +88,7 @@ class FailureKinds:
     def __init__(self, poison: Errors = (), conflict: Errors = (), unavailable: Errors = ()) -> None:
         self._poison = (*poison, Undecodable)
         self._conflict = tuple(conflict)
-        self._unavailable = (*unavailable, NotPublished)
+        self._unavailable = tuple(unavailable)
 
     def of(self, error: BaseException) -> Kind:
         if isinstance(error, self._poison):
@@ -96,6 +96,8 @@ class FailureKinds:
         if isinstance(error, self._conflict):
             return Kind.CONFLICT
         if isinstance(error, self._unavailable) or is_unavailable(error):
+            return Kind.UNAVAILABLE
+        if isinstance(error, NotPublished) and not error.is_about_the_record:
             return Kind.UNAVAILABLE
         return Kind.TRANSIENT
 

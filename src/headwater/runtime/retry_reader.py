@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from headwater.kafka.admin import AdminError
-from headwater.kafka.consumer import ConsumerFailed, KafkaException, KafkaReader, Message, headers_of
+from headwater.kafka.consumer import ConsumerFailed, Gone, KafkaException, KafkaReader, Message, headers_of
 from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.owner import Owner
-from headwater.runtime.retry_topic import Done, ParkedRecord, Request, Resolved, Unreadable, read_retry_record
+from headwater.runtime.retry_topic import ParkedRecord, RetryRecord, Unreadable, read_retry_record
 from headwater.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -42,15 +42,20 @@ class RetryReader:
         dead_topic: str,
         loop: asyncio.AbstractEventLoop,
         grow: Callable[[int], None],
+        failed: Callable[[Exception], None],
         *,
         is_transactional: bool = False,
     ) -> None:
-        """grow: see that the retry topic and the dead-letter topic have so many partitions. Raises AdminError."""
+        """grow: see that the retry topic and the dead-letter topic have so many partitions; raises AdminError. failed:
+        told when the thread breaks."""
         self._settings = settings
         self._retry_topic = retry_topic
         self._dead_topic = dead_topic
         self._loop = loop
         self._grow = grow
+        self._failed = failed
+        self._late: dict[int, Owner] = {}
+        """Whose retry partition could not be asked yet."""
         self._is_transactional = is_transactional
         self._changes: queue.SimpleQueue[tuple[Owner, bool]] = queue.SimpleQueue()
         self._owners: dict[int, Owner] = {}
@@ -89,8 +94,9 @@ class RetryReader:
                 self._change()
                 if self._owners:
                     self._take()
-        except Exception:
+        except Exception as error:
             logger.exception("retry_reader_failed topic=%s", self._retry_topic)
+            self._failed(error)
         finally:
             self._reader.close()
             if self._uncommitted is not None:
@@ -98,8 +104,8 @@ class RetryReader:
 
     def _change(self) -> None:
         """Partitions that came and went."""
-        added: dict[int, Owner] = {}
-        wait = not self._owners
+        added, self._late = self._late, {}
+        wait = not self._owners and not added
         while True:
             try:
                 owner, is_added = self._changes.get(timeout=TAKE_SECONDS) if wait else self._changes.get_nowait()
@@ -133,8 +139,7 @@ class RetryReader:
             except AdminError as trouble:
                 logger.error("retry_topic_missing topic=%s error=%s", self._retry_topic, trouble)
             self._stopping.wait(TROUBLE_SECONDS)
-            for owner in added.values():
-                self._changes.put((owner, True))
+            self._late = added
             return
         for partition, owner in added.items():
             start, end = offsets[partition]
@@ -208,7 +213,10 @@ class RetryReader:
 
     async def read_dead(self, partition: int, dead_offset: int) -> Message | None:
         """None when it is there no more. Raises ConsumerFailed."""
-        messages = await self._in_back(lambda: self._read_at(self._dead_topic, partition, dead_offset, 1))
+        try:
+            messages = await self._in_back(lambda: self._read_at(self._dead_topic, partition, dead_offset, 1))
+        except Gone:
+            return None
         return messages[0] if messages and messages[0].offset() == dead_offset else None
 
     async def _in_back(self, read: Callable[[], T]) -> T:
@@ -237,7 +245,7 @@ class RetryReader:
         return found
 
 
-def read_record(message: Message) -> "ParkedRecord | Done | Request | Resolved | None":
+def read_record(message: Message) -> RetryRecord | None:
     """None for what is none of ours, which is said."""
     try:
         return read_retry_record(message.key(), message.value(), headers_of(message), message.offset() or 0)

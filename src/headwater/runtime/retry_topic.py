@@ -107,8 +107,17 @@ class Resolved(msgspec.Struct, frozen=True):
     dead_offset: int = NO_OFFSET
 
 
+class TakenBack(NamedTuple):
+    """The request about this dead letter was answered."""
+
+    dead_offset: int
+
+
 class Unreadable(ValueError):
     """A record that is none of ours."""
+
+
+RetryRecord = ParkedRecord | Done | Request | Resolved | TakenBack
 
 
 def offset_key(offset: int, prefix: bytes = b"") -> bytes:
@@ -211,10 +220,8 @@ def read_parked(offset: int, value: bytes, headers: Headers, place: int) -> Park
     return ParkedRecord(source, ours[TOPIC_ID].decode(), attempted, place)
 
 
-def read_retry_record(
-    key: bytes | None, value: bytes | None, headers: Headers, place: int
-) -> "ParkedRecord | Done | Request | Resolved | None":
-    """None for a request or an answer that was taken back. Raises Unreadable."""
+def read_retry_record(key: bytes | None, value: bytes | None, headers: Headers, place: int) -> RetryRecord:
+    """Raises Unreadable."""
     if key is not None and len(key) == 8:
         offset = int(struct.unpack(">q", key)[0])
         if value is None:
@@ -223,7 +230,7 @@ def read_retry_record(
     if key is None or len(key) != 9 or key[:1] not in (b"r", b"d"):
         raise Unreadable(f"its key is {key!r}")
     if value is None:
-        return None
+        return TakenBack(int(struct.unpack(">q", key[1:])[0]))
     try:
         if key[:1] == b"r":
             return msgspec.json.decode(value, type=Request)

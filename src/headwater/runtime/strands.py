@@ -6,6 +6,8 @@ that computes runs in one thread without contention, and one that waits has up t
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.owner import Received, Strand
 
 PATIENCE_SECONDS = 0.001
+TURN_SECONDS = 0.05
 
 
 class StrandPool:
@@ -30,6 +33,7 @@ class StrandPool:
         self._ready: deque[Strand] = deque()
         self._over: deque[Strand | None] = deque()
         self._active = 0
+        self._lock = threading.Lock()
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, strand: Strand) -> None:
@@ -50,8 +54,12 @@ class StrandPool:
         self._executor.submit(self._work)
 
     def _work(self) -> None:
-        """In a thread."""
+        """In a thread: for a turn, then others that wait for the executor go first."""
+        turn_ends = time.monotonic() + TURN_SECONDS
         while True:
+            if time.monotonic() > turn_ends:
+                self._executor.submit(self._work)
+                return
             try:
                 strand = self._ready.popleft()
             except IndexError:
@@ -61,15 +69,18 @@ class StrandPool:
             self._tell(strand)
 
     def _tell(self, strand: Strand | None) -> None:
-        is_first = not self._over
-        self._over.append(strand)
+        with self._lock:
+            is_first = not self._over
+            self._over.append(strand)
         if is_first:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the application is gone
                 self._loop.call_soon_threadsafe(self._take)
 
     def _take(self) -> None:
-        while self._over:
-            strand = self._over.popleft()
+        with self._lock:
+            over = list(self._over)
+            self._over.clear()
+        for strand in over:
             if strand is None:
                 self._active -= 1
                 if self._ready and self._active == 0:

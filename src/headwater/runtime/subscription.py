@@ -98,6 +98,7 @@ class Subscription:
             handler.dead_topic,
             loop,
             lambda partitions: around.grow(handler, partitions),
+            around.failed,
             is_transactional=handler.delivery is Delivery.EXACTLY_ONCE,
         )
         self._owners: dict[int, Owner] = {}

@@ -19,8 +19,9 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 from headwater.event.codec import Encoded
@@ -54,22 +55,35 @@ class Encode(Protocol):
     def __call__(self, event: object) -> tuple[Topic, bytes, Encoded]: ...
 
 
+_attempted_in: ContextVar[int] = ContextVar("headwater_transaction", default=0)
+
+
 class TransactionEffects:
-    """What a handler returns goes into the transaction; that it got there shows when it commits."""
+    """What a handler returns goes into the transaction that it was called in; that it got there shows when that
+    commits. A handler that comes back when it is over, of a partition that is gone or after an abort, writes nothing."""
 
     def __init__(self, transactions: "Transactions", encode: Encode) -> None:
         self._transactions = transactions
         self._encode = encode
 
-    def publish(self, event: object) -> Awaitable[object]:
-        return self._publish(event)
+    def begin(self) -> None:
+        """A handler is about to be called, in this context."""
+        _attempted_in.set(self._transactions.number)
 
-    async def _publish(self, event: object) -> None:
-        self.publish_sync(event)
+    async def publish(self, event: object) -> None:
+        self.publish_all_sync([event])
 
     def publish_sync(self, event: object) -> None:
-        topic, key, encoded = self._encode(event)
-        self._transactions.write(topic.name, key, encoded)
+        self.publish_all_sync([event])
+
+    async def publish_all(self, events: Sequence[object]) -> None:
+        self.publish_all_sync(events)
+
+    def publish_all_sync(self, events: Sequence[object]) -> None:
+        """All or none. Raises NotPublished, NoTopic."""
+        encoded = [self._encode(event) for event in events]
+        for topic, key, each in encoded:
+            self._transactions.write(_attempted_in.get(), topic.name, key, each)
 
     def unit_of_work(self) -> object:
         raise NotImplementedError("exactly_once takes no unit of work")
@@ -114,13 +128,20 @@ class Transactions:
         self._is_held = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="transaction")
         self._task: asyncio.Task[None] | None = None
+        self.number = 0
+        """Of the transaction that is open; 0 when there is none."""
+        self._count = 0
+        self._is_out = False
+        self._closing = asyncio.Event()
         pace.is_shut = True
+        pace.breaker.only_unavailable = True
 
     def start(self) -> None:
         self._task = self._loop.create_task(self._run())
 
     async def close(self) -> None:
         self._is_closing = True
+        self._closing.set()
         self._wake.set()
         if self._task is not None:
             await self._task
@@ -140,6 +161,8 @@ class Transactions:
         self._wake.set()
 
     def leave(self, owner: Owner) -> None:
+        if owner in self._owners and self.number:
+            self._trouble = "a partition was taken away in the middle"  # what it wrote must not be committed
         self._owners.discard(owner)
         self._incoming = deque((other, messages) for other, messages in self._incoming if other is not owner)
 
@@ -155,16 +178,21 @@ class Transactions:
         """A record of the protocol's own, in the transaction. Raises NotPublished."""
         if self._loop_producer is None:
             raise NotPublished("no transaction is open")
-        return await self._loop_producer.send(topic, key, value, headers, partition=partition)
+        try:
+            return await self._loop_producer.send(topic, key, value, headers, partition=partition)
+        except NotPublished as error:
+            self._trouble = str(error)
+            raise
 
-    def write(self, topic: str, key: bytes, encoded: Encoded) -> None:
-        """From any thread."""
-        if self._producer is None:
-            raise NotPublished("no transaction is open")
-        self._producer.send(topic, key, encoded.value, encoded.headers, self._written)
+    def write(self, number: int, topic: str, key: bytes, encoded: Encoded) -> None:
+        """From any thread. Raises NotPublished when that transaction is over."""
+        producer = self._producer
+        if producer is None or number != self.number or not number:
+            raise NotPublished("the transaction that this belongs to is over")
+        producer.send(topic, key, encoded.value, encoded.headers, functools.partial(self._written, number))
 
-    def _written(self, result: Acknowledged | NotPublished) -> None:
-        if isinstance(result, NotPublished):
+    def _written(self, number: int, result: Acknowledged | NotPublished) -> None:
+        if isinstance(result, NotPublished) and number == self.number:
             self._trouble = str(result)
 
     # The loop
@@ -182,6 +210,9 @@ class Transactions:
                 started = self._loop.time()
                 await self._one()
                 pause = FIRST_TROUBLE_SECONDS
+                if self._is_out:
+                    self._is_out = False
+                    self._pace.recovered()
                 self._resize(self._loop.time() - started)
             except Exception as error:
                 if not isinstance(error, Aborted | NotPublished):
@@ -190,7 +221,9 @@ class Transactions:
                     "transaction_aborted topic=%s next_try_seconds=%.1f reason=%s", self._topic, pause, error
                 )
                 await self._abort()
-                await asyncio.sleep(pause)
+                self._is_busy = False
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), pause)
                 pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
             finally:
                 self._is_busy = False
@@ -214,6 +247,8 @@ class Transactions:
         self._trouble = None
         producer = self._producer
         await self._in_thread(producer.begin)
+        self._count += 1
+        self.number = self._count
         owners = set(self._owners)
         self._pace.is_shut = False
         await self._feed()
@@ -228,10 +263,11 @@ class Transactions:
             owner.look()
             if owner.committable is not None and owner.committable != owner.last_committed:
                 positions.append((owner, *owner.committable))
-        offsets = [TopicPartition(self._topic, owner.partition, offset, text) for owner, offset, text in positions]
-        await self._in_thread(lambda: producer.commit(offsets, self._group_metadata(), COMMIT_SECONDS))
         if self._trouble is not None:
             raise Aborted(self._trouble)
+        offsets = [TopicPartition(self._topic, owner.partition, offset, text) for owner, offset, text in positions]
+        await self._in_thread(lambda: producer.commit(offsets, self._group_metadata(), COMMIT_SECONDS))
+        self.number = 0
         crash_point.reached("after_commit")
         for owner, offset, text in positions:
             owner.last_committed = (offset, text)
@@ -262,6 +298,7 @@ class Transactions:
             if self._pace.breaker.is_open:
                 outage = self._pace.breaker.outage
                 assert outage is not None
+                self._is_out = True
                 raise Aborted(outage.reason)
             if self._trouble is not None:
                 raise Aborted(self._trouble)
@@ -272,13 +309,14 @@ class Transactions:
             await asyncio.sleep(0.0005)
 
     async def _abort(self) -> None:
+        self.number = 0
         self._pace.is_shut = True
-        self._pace.start_anew()
         self._incoming.clear()
         for owner in self._owners:
             owner.stop()
             owner.cancel()
         self._owners.clear()
+        self._pace.start_anew()
         producer, self._producer, self._loop_producer = self._producer, None, None
         if producer is not None:
             await self._in_thread(producer.abort)
