@@ -75,8 +75,15 @@ def test_dead_letters_are_listed_filtered_shown_and_redriven(engine: Engine, uni
 
     states = {each["offset"]: each["state"] for each in run_json(engine, "dead-letters", "list", unique, "--all")}
     assert states == {3: "redrive", 4: "discard"}
+    publish_all(engine, topic_for(unique, 1), [Paid("a1", 7)])
+    later = Bad(engine, unique)
+    with Running(later.app):
+        wait_until(lambda: 7 in later.seen, "the next event after a restart")
+        publish_all(engine, topic_for(unique, 1), [Paid("a1", 9)])
+        wait_until(lambda: 9 in later.seen, "one more")
+    assert later.seen == [7, 9], "what was redriven before the restart is not redriven again"
     assert bad.seen.count(4) == 0
-    assert KafkaAdmin(settings_for(engine)).end_offsets([(unique, 0)]) == {(unique, 0): 6}
+    assert KafkaAdmin(settings_for(engine)).end_offsets([(unique, 0)]) == {(unique, 0): 8}
 
 
 def test_a_held_key_goes_on_in_order_when_it_is_redriven_or_discarded(engine: Engine, unique: str) -> None:
