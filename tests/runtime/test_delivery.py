@@ -390,3 +390,50 @@ def test_a_delivery_class_that_can_not_be_kept_is_refused() -> None:
         app.handler(topic, group="g", delivery="exactly_once")(with_uow)
     with pytest.raises(InvalidHandler, match="stop or skip"):
         app.handler(topic, group="g", on_gap="ignore")(plain)
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_effectively_once_takes_four_statements(embedded: Engine, postgres: object, unique: str, kind: str) -> None:
+    """BEGIN, the inbox row, the handler's own, COMMIT: one statement more than the handler's own transaction has."""
+    from sqlalchemy import event as listen
+
+    url = f"postgresql://postgres@127.0.0.1:{postgres.port}/postgres"  # type: ignore[attr-defined]
+    topic = topic_for(unique, 1)
+    app = App(unique, settings=settings_for(embedded, url))
+    statements: list[str] = []
+    seen: list[int] = []
+    if kind == "async":
+
+        @app.handler(topic, group=unique, delivery="effectively_once")
+        async def handle(event: Paid, uow: UnitOfWork) -> None:
+            await uow.async_session.execute(text("SELECT 1"))
+            seen.append(event.number)
+    else:
+
+        @app.handler(topic, group=unique, delivery="effectively_once")
+        def handle_sync(event: Paid, uow: UnitOfWork) -> None:
+            uow.sync_session.execute(text("SELECT 1"))
+            seen.append(event.number)
+
+    engine = app.database.async_engine.sync_engine if kind == "async" else app.database.engine
+
+    @listen.listens_for(engine, "begin")
+    def begin(connection: object) -> None:
+        statements.append("BEGIN")
+
+    @listen.listens_for(engine, "before_cursor_execute")
+    def execute(connection: object, cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement.split()[0])
+
+    @listen.listens_for(engine, "commit")
+    def commit(connection: object) -> None:
+        statements.append("COMMIT")
+
+    publish_all(embedded, topic, [Paid("a", i) for i in range(10)])
+    with Running(app):
+        wait_until(lambda: len(seen) == 10, "the events")
+    app.database.engine.dispose()
+
+    wanted = ["BEGIN", "INSERT", "SELECT", "COMMIT"]
+    joined = " ".join(statements)
+    assert joined.count(" ".join(wanted)) == 10, joined

@@ -21,7 +21,7 @@ from headwater import App, Retry, UnitOfWork
 from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.subscription import Subscription
 from headwater.testing.history import Line, check, gather, read_lines
-from tests.conftest import Engine
+from tests.conftest import Engine, Evidence
 from tests.kit.clients import wait_until
 from tests.kit.running import Running, settings_for
 from tests.runtime.test_delivery import Paid, dead_letters, effects, metadata, publish_all, topic_for
@@ -108,21 +108,30 @@ class Restart(NamedTuple):
 
 @pytest.mark.timeout(400)
 def test_a_rolling_restart_moves_each_partition_at_most_twice(kafka: Engine, unique: str, tmp_path: Path) -> None:
-    """S004.13: ten members, restarted one after the other. Static members: each partition moves at most twice (as a rule
-    not at all). Members without a name move them twice on the average; the eager protocol is beside them."""
-    found = {
-        "static": rolling_restart(kafka, f"{unique}-static", "cooperative-sticky", tmp_path / "static", is_static=True),
-        "cooperative-sticky": rolling_restart(kafka, f"{unique}-sticky", "cooperative-sticky", tmp_path / "sticky"),
-        "eager": rolling_restart(kafka, f"{unique}-eager", "range", tmp_path / "eager"),
-    }
-    for name, each in found.items():
-        print(
-            f"{name}: {sum(each.moves.values())} moves, {each.assignments} assignments, partitions without an owner for "
-            f"{each.pause_seconds:.1f} s in all"
-        )
-    assert max(found["static"].moves.values()) <= 2
-    assert sum(found["cooperative-sticky"].moves.values()) <= 2 * PARTITIONS
-    assert found["static"].assignments < found["cooperative-sticky"].assignments + MEMBERS < found["eager"].assignments
+    """S004.13: ten static members, restarted one after the other: each partition moves at most twice (as a rule not at
+    all)."""
+    found = rolling_restart(kafka, unique, "cooperative-sticky", tmp_path, is_static=True)
+
+    assert max(found.moves.values()) <= 2
+    assert found.assignments <= 2 * PARTITIONS
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_rolling_restarts_of_each_protocol(kafka: Engine, unique: str, tmp_path: Path, evidence: Evidence) -> None:
+    """S004.13: static members, members without a name, and the eager protocol beside them."""
+    for name, strategy in (("static", "cooperative-sticky"), ("cooperative-sticky",) * 2, ("eager", "range")):
+        group = f"{unique}-{name}"
+        found = rolling_restart(kafka, group, strategy, tmp_path / name, is_static=name == "static")
+        row = {
+            "members": name,
+            "moves": sum(found.moves.values()),
+            "most of a partition": max(found.moves.values()),
+            "assignments": found.assignments,
+            "seconds without an owner": round(found.pause_seconds, 1),
+        }
+        evidence.write("rolling-restart", row)
+        assert name == "eager" or sum(found.moves.values()) <= 2 * PARTITIONS
 
 
 PARTITIONS = 20
