@@ -63,6 +63,8 @@ MUTANTS = [
            '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)\n            self.close()',
            '            logger.warning("connection_closed peer=%s reason=%s", self.peer_host, error)',
            "tests/broker/test_bad_input.py::test_a_frame_that_breaks_the_protocol_closes_its_connection_only"),
+    Mutant("what waits is not overwritten", BROKER + "connection.py", "                    self._reader.put_back(frame)\n", "",
+           "tests/broker/test_bad_input.py::test_other_requests_among_waiting_ones_keep_their_place_and_their_bytes"),
     Mutant("records that grow without bound cost a bounded amount", BROKER + "wire/record.py", "= 100 << 20", "= 1 << 30",
            "tests/broker/test_bad_input.py::test_records_that_grow_without_bound_cost_a_bounded_amount"),
     Mutant("clients that don't read bound the memory", BROKER + "connection.py",

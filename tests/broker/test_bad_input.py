@@ -181,6 +181,28 @@ def test_many_requests_at_once_are_answered_in_order(embedded: object) -> None:
     assert [struct.unpack_from(">i", wire.answer(), 4)[0] for _ in range(5000)] == list(range(5000))
 
 
+@pytest.mark.parametrize("other_key", [18, 3])
+def test_other_requests_among_waiting_ones_keep_their_place_and_their_bytes(
+    embedded: object, unique: str, other_key: int
+) -> None:
+    """A request that waits for the answers before it is not overwritten by what arrives after it."""
+    wire = Wire(embedded.bootstrap_servers)  # type: ignore[attr-defined]
+    name = struct.pack(">ih", 1, len(unique)) + unique.encode()
+    wire.request(3, 1, name)  # which makes the topic
+    chance = random.Random(1)
+    waiting: deque[int] = deque()
+    for number in range(600):
+        batch = bytes(encode_batch([NewRecord(None, b"x" * 100, 1) for _ in range(1 + chance.randrange(20))]))
+        produce = struct.pack(">hhi", -1, -1, 30_000) + name + struct.pack(">iii", 1, 0, len(batch)) + batch
+        if chance.random() < 0.8:
+            wire.send_frame(struct.pack(">hhih", 0, 8, number, 4) + b"test" + produce)
+        else:
+            wire.send_frame(struct.pack(">hhih", other_key, 1, number, 4) + b"test" + (name if other_key == 3 else b""))
+        waiting.append(number)
+        while len(waiting) > 5 or (waiting and number == 599):
+            assert struct.unpack_from(">i", wire.answer(), 4)[0] == waiting.popleft()
+
+
 def good_batch(**changes: object) -> bytearray:
     return encode_batch([NewRecord(b"k", b"v", round(time.time() * 1000))], **changes)  # type: ignore[arg-type]
 

@@ -69,8 +69,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._replies: deque[Reply] = deque()
         self._muted_by: Reply | None = None
-        self._held: memoryview | None = None
-        """A frame that was taken and waits for the answers before it."""
+        self._is_held = False
+        """The next frame waits for the answers before it."""
         self._budget = READ_BUDGET
         self._written = 0
         self._turn_scheduled = False
@@ -142,12 +142,15 @@ class Connection(asyncio.BufferedProtocol):
         written = self._written
         try:
             while self._muted_by is None and not self._writing_paused and not self._closing:
-                frame = self._held or self._reader.next_frame()
-                self._held = None
+                frame = self._reader.next_frame()
+                self._is_held = False
                 if frame is None:
                     break
                 if self._replies and (frame[:2] != PRODUCE or len(self._replies) >= MAX_PIPELINED):
-                    self._held = frame  # its turn comes when those before it are answered
+                    # Its turn comes when those before it are answered. Until then it stays in the buffer: what has been
+                    # taken out of it is overwritten by what arrives next.
+                    self._reader.put_back(frame)
+                    self._is_held = True
                     break
                 self._dispatcher.handle(frame, self)
                 if self._written - written > WRITE_TURN:
@@ -158,9 +161,7 @@ class Connection(asyncio.BufferedProtocol):
             self.close()
         finally:
             self._handling = False
-        if self._reader.waiting_bytes and (
-            self._muted_by is not None or self._held is not None or self._turn_scheduled
-        ):
+        if self._reader.waiting_bytes and (self._muted_by is not None or self._is_held or self._turn_scheduled):
             self._pause()  # the buffer has no room for more than what waits
 
     def expect(self, head: bytes) -> Reply:
@@ -189,7 +190,7 @@ class Connection(asyncio.BufferedProtocol):
             transport.writelines(buffers)
         if self._muted_by is reply:
             self._muted_by = None
-        if not self._reading or self._held is not None:
+        if not self._reading or self._is_held:
             self._go_on()
 
     def close(self) -> None:
@@ -238,7 +239,7 @@ class Connection(asyncio.BufferedProtocol):
             and self._transport is not None
             and not self._closing
             and self._muted_by is None
-            and self._held is None
+            and not self._is_held
             and not self._writing_paused
             and not self._turn_scheduled
         ):

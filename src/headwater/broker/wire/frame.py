@@ -39,7 +39,7 @@ def _power_of_two(size: int) -> int:
 
 
 class FrameReader:
-    """The bytes of one connection, cut into frames. Frames are views: they hold until the next `advance`."""
+    """The bytes of one connection, cut into frames. Frames are views: they hold until the next `offer`."""
 
     def __init__(self, max_frame_bytes: int, pool: BufferPool) -> None:
         self._max_frame_bytes = max_frame_bytes
@@ -77,6 +77,10 @@ class FrameReader:
             return None
         self._start = end
         return self._view[start + 4 : end]
+
+    def put_back(self, frame: memoryview) -> None:
+        """The frame that was taken last is the next one again."""
+        self._start -= 4 + len(frame)
 
     def release(self) -> None:
         """The connection is closed."""
