@@ -219,7 +219,7 @@ def _ask(
     ]
     columns = ("topic", "partition", "offset", "key", "error")
     show_rows(columns, rows, json, numbers=("partition", "offset"), empty="no dead letter is like that")
-    if json:
+    if json or not rows:
         return
     if not execute:
         console.print(
@@ -230,7 +230,7 @@ def _ask(
             f"asked; {left} of {len(rows)} still wait: is the application of {group} running?", highlight=False
         )
     else:
-        done = "obeyed" if wait else "asked: whoever owns the partitions does it"
+        done = "the application has taken them up" if wait else "asked: whoever owns the partitions does it"
         console.print(f"{len(rows)} to {action}: {done}.", highlight=False)
 
 

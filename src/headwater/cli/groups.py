@@ -161,7 +161,8 @@ def _show_parked(parked: list[ParkedKey]) -> None:
     if not parked:
         return
     console.print(
-        f"\n[bold]parked[/] {len(parked)} keys, {sum(each.events for each in parked)} events", highlight=False
+        f"\n[bold]parked[/] {_count(len(parked), 'key')}, {_count(sum(each.events for each in parked), 'event')}",
+        highlight=False,
     )
     rows = [
         (
@@ -174,6 +175,10 @@ def _show_parked(parked: list[ParkedKey]) -> None:
     show_table(("partition", "key", "offset", "events", "attempts", "next", "error"), rows, numbers=numbers)
     if len(parked) > MOST_SHOWN:
         console.print(f"and {len(parked) - MOST_SHOWN} more: --json has all", highlight=False)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _next_try(each: ParkedKey) -> str:

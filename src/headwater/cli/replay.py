@@ -50,6 +50,8 @@ def replay(
         )
         if json:
             return
+        if not planned:
+            return
         if not outside_effects:
             console.print(
                 "handlers with outside effects stay silent; --outside-effects calls them too", highlight=False

@@ -25,7 +25,7 @@ from headwater.event.topic import Topic
 from headwater.runtime.owner import Policy
 from headwater.runtime.retry import Delivery, Errors, FailureKinds, GivingUp, Retry
 from headwater.runtime.retry_topic import dead_topic, retry_topic
-from headwater.settings import duration_seconds
+from headwater.settings import InvalidSetting, duration_seconds
 from headwater.store.unit_of_work import UnitOfWork
 
 Function = Callable[..., Any]
@@ -119,6 +119,21 @@ class Handler:
                             ("transaction_records", options.transaction_records)):  # fmt: skip
             if value < 1:
                 raise InvalidHandler(f"the handler {self.name} has {name}={value}: at least 1 is needed.")
+        for kind, errors in (
+            ("poison", options.poison),
+            ("conflict", options.conflict),
+            ("unavailable", options.unavailable),
+        ):
+            for each in errors:
+                if not (isinstance(each, type) and issubclass(each, BaseException)):
+                    raise InvalidHandler(
+                        f"the handler {self.name} has {kind}=[{each!r}]: exception classes are needed."
+                    )
+        if options.tier is not None:
+            try:
+                _ = options.tier.target_seconds, options.tier.alarm_seconds
+            except InvalidSetting as error:
+                raise InvalidHandler(f"the handler {self.name} has a tier that is no duration: {error}") from None
         if options.group_protocol not in (None, "classic", "consumer"):
             raise InvalidHandler(
                 f"the handler {self.name} has group_protocol={options.group_protocol!r}: classic or consumer."
