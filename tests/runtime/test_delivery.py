@@ -12,6 +12,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select,
 from headwater import App, Event, Retry, Topic, UnitOfWork
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import headers_of
+from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.retry_topic import DeadLetter, read_dead_letter
 from tests.conftest import Engine
@@ -372,6 +373,21 @@ def test_exactly_once_reads_handles_and_writes_in_one_transaction(kafka: Engine,
         numbers = [event.number for event in events if event.account == account]
         assert numbers == sorted(numbers)
     assert b"123" in (letter.source.value or b"")
+
+
+def test_exactly_once_is_refused_where_there_are_no_transactions(embedded: Engine, unique: str) -> None:
+    """The start says so, and what to do."""
+    app = App(unique, settings=settings_for(embedded))
+
+    @app.handler(topic_for(unique), group=unique, delivery="exactly_once")
+    async def handle(event: Paid) -> None: ...
+
+    async def main() -> None:
+        async with app.lifespan():
+            pass
+
+    with pytest.raises(CannotStart, match="use effectively_once"):
+        asyncio.run(main())
 
 
 def test_a_delivery_class_that_can_not_be_kept_is_refused() -> None:

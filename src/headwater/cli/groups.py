@@ -43,14 +43,17 @@ Group = Annotated[str, typer.Argument(help="The group.", autocompletion=group_na
 
 @app.command("list")
 def list_groups(bootstrap_servers: Servers = DEFAULT_SERVERS, json: Json = False) -> None:
-    """All groups with their state and total lag."""
+    """All groups with their state, total lag, parked keys, and partitions that wait."""
     with explained("groups list"):
         client = admin(bootstrap_servers)
         rows = []
         for name, state in sorted(client.group_states().items()):
-            lags = [row.lag for row in partition_rows(client, name) if row.lag is not None]
-            rows.append((name, state.lower(), sum(lags)))
-        show_rows(("group", "state", "lag"), rows, json, numbers=("lag",), empty="no groups")
+            partitions = partition_rows(client, name)
+            lag = sum(row.lag for row in partitions if row.lag is not None)
+            waiting = sum(1 for row in partitions if row.waiting is not None and row.waiting.startswith("for "))
+            rows.append((name, state.lower(), lag, sum(row.parked for row in partitions), waiting))
+        columns = ("group", "state", "lag", "parked keys", "waiting")
+        show_rows(columns, rows, json, numbers=columns[2:], empty="no groups")
 
 
 class PartitionRow(msgspec.Struct, frozen=True):
@@ -63,6 +66,8 @@ class PartitionRow(msgspec.Struct, frozen=True):
     lag: int | None
     member: str | None
     waiting: str | None
+    parked: int = 0
+    """How many keys are parked."""
 
 
 def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
@@ -88,6 +93,7 @@ def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
                 max(lag, 0),
                 owners.get(place),
                 waiting_for(position.metadata) if position is not None else None,
+                parked_in(position.metadata) if position is not None else 0,
             )
         )
     return rows
@@ -104,6 +110,11 @@ def waiting_for(metadata: str) -> str | None:
     if progress.parked:
         return f"{progress.parked} {'key is' if progress.parked == 1 else 'keys are'} parked"
     return None
+
+
+def parked_in(metadata: str) -> int:
+    progress = decode_metadata(metadata)
+    return progress.parked if progress is not None else 0
 
 
 @app.command()

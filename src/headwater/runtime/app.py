@@ -25,7 +25,14 @@ from sqlalchemy.orm import Session
 
 from headwater.event.topic import Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.kafka.producer import Acknowledged, KafkaProducer, LoopProducer, NotPublished, Profile
+from headwater.kafka.producer import (
+    Acknowledged,
+    KafkaProducer,
+    LoopProducer,
+    NotPublished,
+    Profile,
+    TransactionalProducer,
+)
 from headwater.runtime.alert import Alerts
 from headwater.runtime.handler import Function, Handler, InvalidHandler, Options, Tier
 from headwater.runtime.history import History
@@ -35,6 +42,7 @@ from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
 from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
 from headwater.runtime.subscription import Subscription, Surroundings
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
+from headwater.runtime.transaction import unique_id
 from headwater.settings import Settings, from_environment
 from headwater.store import tables
 from headwater.store.database import Database
@@ -231,6 +239,7 @@ class App:
         loop = asyncio.get_running_loop()
         self._check_handlers()
         await loop.run_in_executor(None, self._create_topics)
+        await loop.run_in_executor(None, self._check_transactions)
         if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
         if self.settings.history is not None and self._history is None:
@@ -316,6 +325,19 @@ class App:
             name: int(_when_known(lambda name=name: admin.topic_configs(name))["retention.ms"].value)  # type: ignore[misc]
             for name in {h.topic.name for h in self.handlers if h.delivery is Delivery.EFFECTIVELY_ONCE}
         }
+
+    def _check_transactions(self) -> None:
+        """Raises CannotStart."""
+        for handler in self.handlers:
+            if handler.delivery is Delivery.EXACTLY_ONCE:
+                try:
+                    TransactionalProducer(self.settings, unique_id(handler.group)).close(1.0)
+                except NotPublished as error:
+                    raise CannotStart(
+                        f"the handler {handler.name} is exactly_once, which needs transactions, and this cluster refuses them "
+                        f"({error}). The embedded broker has none yet: run on Apache Kafka, or use effectively_once."
+                    ) from None
+                return
 
     def _grow(self, handler: Handler, partitions: int) -> None:
         """The source has grown while the application runs. Raises AdminError."""
