@@ -31,6 +31,12 @@ class Postgres:
             shutil.chown(self._home, "postgres", "postgres")  # PostgreSQL refuses to run as root
         data = self._home / "data"
         self._run("initdb", "-D", str(data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        self.begin()
+        return self
+
+    def begin(self) -> None:
+        """On the data that is there."""
+        data = self._home / "data"
         self._process = subprocess.Popen(
             [
                 str(self._programs / "postgres"), "-D", str(data), "-p", str(self.port), "-k", str(self._home),
@@ -45,7 +51,11 @@ class Postgres:
             assert time.monotonic() < deadline, "PostgreSQL did not start"
             assert self._process.poll() is None, "PostgreSQL ended"
             time.sleep(0.03)
-        return self
+
+    def crash(self) -> None:
+        """At once, as after a power cut of the process."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(15)
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGINT)

@@ -17,6 +17,7 @@ from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.retry_topic import DeadLetter, read_dead_letter
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.postgres import Postgres
 from tests.kit.running import Running, settings_for
 
 
@@ -453,3 +454,65 @@ def test_effectively_once_takes_four_statements(embedded: Engine, postgres: obje
     wanted = ["BEGIN", "INSERT", "SELECT", "COMMIT"]
     joined = " ".join(statements)
     assert joined.count(" ".join(wanted)) == 10, joined
+
+
+def test_a_database_that_goes_down_parks_nothing_and_doubles_nothing(embedded: Engine, unique: str) -> None:
+    """S001.16: PostgreSQL ends in the middle and comes back: the handler waits, says so, and each effect happens once."""
+    server = Postgres(fsync=True).start()  # what it has acknowledged survives its crash
+    topic = topic_for(unique)
+    app = App(unique, settings=settings_for(embedded, server.url))
+    admin = KafkaAdmin(settings_for(embedded))
+
+    @app.on_start
+    async def create() -> None:
+        metadata.create_all(app.database.engine)
+
+    @app.handler(topic, group=unique, delivery="effectively_once", concurrency=4, retry=Retry(2, "100ms"))
+    async def handle(event: Paid, uow: UnitOfWork) -> None:
+        await uow.async_session.execute(insert(effects).values(account=event.account, number=event.number))
+        await asyncio.sleep(0.03)
+
+    publish_all(embedded, topic, [Paid(f"a{i % 20}", i) for i in range(600)])
+    try:
+        with Running(app):
+            wait_until(lambda: sum(p.offset for p in admin.committed(unique).values()) > 50, "the first ones")
+            server.crash()
+            wait_until(lambda: "waiting" in str(admin.committed(unique)), "the reason in the commit")
+            server.begin()
+            wait_until(lambda: sum(p.offset for p in admin.committed(unique).values()) == 600, "the end", 90)
+            with app.database.engine.connect() as connection:
+                numbers = [number for (number,) in connection.execute(select(effects.c.number))]
+    finally:
+        app.database.engine.dispose()
+        server.stop()
+
+    assert sorted(numbers) == list(range(600))
+    places = [(f"{unique}.{unique}.{kind}", index) for kind in ("retry", "dead") for index in range(2)]
+    assert set(admin.end_offsets(places).values()) == {0}
+
+
+@pytest.mark.parametrize("how", ["finally", "cancelled"])
+def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(embedded: Engine, unique: str, how: str) -> None:
+    """S001.16: an error out of `finally`, and a cancellation that is the handler's own, stop their key and nothing else."""
+    topic = topic_for(unique, 1)
+    app = App(unique, settings=settings_for(embedded))
+    seen: list[tuple[str, int]] = []
+
+    @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
+    async def handle(event: Paid) -> None:
+        if event.account == "odd" and event.number == 1:
+            if how == "cancelled":
+                raise asyncio.CancelledError
+            try:
+                raise ValueError("first")
+            finally:
+                raise RuntimeError("out of finally")
+        seen.append((event.account, event.number))
+
+    publish_all(embedded, topic, [Paid(account, i) for i in range(4) for account in ("odd", "even")])
+    with Running(app):
+        wait_until(lambda: len(seen) == 7, "all others")
+        (letter,) = dead_letters(embedded, unique, unique, 1)
+
+    assert [number for account, number in seen if account == "odd"] == [0, 2, 3]
+    assert letter.attempted.attempts == 2
