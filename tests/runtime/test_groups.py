@@ -266,7 +266,8 @@ def test_ten_thousand_events_with_failures_two_instances_and_a_rolling_restart(
     for instance in instances:
         instance.__enter__()
     for index in (0, 1):
-        time.sleep(2)  # somewhere in the middle
+        handled = 3000 * (index + 1)
+        wait_until(lambda n=handled: sum(p.offset for p in admin.committed(unique).values()) > n, "a part of them", 60)  # type: ignore[misc]
         instances[index].stop()
         instances[index] = Running(make())
         instances[index].__enter__()

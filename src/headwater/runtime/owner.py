@@ -238,6 +238,9 @@ class Owner:
         self._is_loaded = policy.retry is None
         self._is_cancelled = False
         self._blocked: Waiting | None = None
+        """A record can't be written: nothing more is taken."""
+        self._stuck: dict[Key, Waiting] = {}
+        """Without a retry topic: keys whose event is tried in place until it works. The others go on."""
         self._baton: object | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: set[Strand] = set()
@@ -286,7 +289,7 @@ class Owner:
     async def _bury_strangers(self) -> None:
         """What was parked when the topic had another id can't be told apart from this topic's events: set aside."""
         now = self._doors.now_ms()
-        while self._strangers and not self.is_stopping:
+        while self._strangers and not self.is_stopping and not self._pace.is_shut:
             offset, record = next(iter(self._strangers.items()))
             before = record.attempted or Attempted(0, now, now, Kind.POISON, "")
             reason = "the topic was deleted and made again while this was parked"
@@ -296,6 +299,7 @@ class Owner:
             if not self.lanes.holds(key, offset):
                 await self._send_done(offset, key)
             del self._strangers[offset]
+        self._is_burying = False
 
     def add(self, messages: Sequence[Received]) -> None:
         """Records of the source, in order."""
@@ -398,7 +402,9 @@ class Owner:
         if replay is not None and offset >= replay.until:
             replay = self._replay = None
         outage = self._pace.breaker.outage
-        waiting = self._blocked or (Waiting(outage.reason, outage.since_ms) if outage is not None else None)
+        waiting = self._blocked or next(iter(self._stuck.values()), None)
+        if outage is not None:
+            waiting = Waiting(outage.reason, outage.since_ms)
         progress = Progress(self._frontier.done_beyond(), waiting, self.lanes.parked_keys, replay)
         self.committable = (offset, encode_metadata(progress))
         times = self._waiting_times
@@ -682,7 +688,7 @@ class Owner:
             elif pace.breaker.is_open:
                 pace.failed(lane.key, epoch, said_by(error))
             elif policy.retry is None:
-                await self._hold_on(tries, error)
+                await self._hold_on(lane.key, tries, error)
             elif tries < len(pauses) and loop.time() + pauses[tries] < ends:
                 await self._pause(pauses[tries])
             else:
@@ -698,9 +704,7 @@ class Owner:
             tries += 1
             again = await self._attempt(lane.key, event, None)
             if again is None:
-                if policy.retry is None:
-                    self._blocked = None
-                    self.go_on()
+                self._stuck.pop(lane.key, None)
                 return True
             failure = again
         attempted = Attempted(1, 0, first_failed_ms, kind, said_by(error), generation=self.generation_of(offset))
@@ -718,10 +722,11 @@ class Owner:
         assert self.policy.retry is not None
         return self._doors.now_ms() + round(self.policy.retry.pause_seconds(attempts, self._chance) * 1000)
 
-    async def _hold_on(self, tries: int, error: BaseException) -> None:
-        """Without a retry topic: the partition waits, and says so."""
-        since = self._blocked.since_ms if self._blocked is not None else self._doors.now_ms()
-        self._blocked = Waiting(f"an event failed {tries + 1} times: {said_by(error)}", since)
+    async def _hold_on(self, key: Key, tries: int, error: BaseException) -> None:
+        """Without a retry topic: the key waits, the frontier with it, and the group says so."""
+        before = self._stuck.get(key)
+        since = before.since_ms if before is not None else self._doors.now_ms()
+        self._stuck[key] = Waiting(f"an event failed {tries + 1} times: {said_by(error)}", since)
         self._look_later()
         await self._pause(min(FIRST_TROUBLE_SECONDS * 2 ** min(tries, 20), LONGEST_TROUBLE_SECONDS))
 
@@ -758,7 +763,7 @@ class Owner:
         while True:
             try:
                 result = await send()
-                if self._blocked is not None and self.policy.retry is not None:
+                if self._blocked is not None:
                     self._blocked = None
                     self.go_on()
                 return result

@@ -27,7 +27,7 @@ from typing import Protocol, TypeVar
 from headwater.event.codec import Encoded
 from headwater.event.topic import Topic
 from headwater.kafka.consumer import Message, TopicPartition
-from headwater.kafka.producer import Acknowledged, LoopProducer, NotPublished, TransactionalProducer
+from headwater.kafka.producer import Acknowledged, Headers, LoopProducer, NotPublished, TransactionalProducer
 from headwater.runtime import crash_point
 from headwater.runtime.owner import Owner
 from headwater.runtime.pace import Pace
@@ -171,7 +171,7 @@ class Transactions:
         topic: str,
         key: bytes | None,
         value: bytes | None,
-        headers: "list[tuple[str, str | bytes | None]]",
+        headers: Headers,
         *,
         partition: int,
     ) -> Acknowledged:
