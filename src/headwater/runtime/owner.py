@@ -811,6 +811,8 @@ class Owner:
     ) -> None:
         first = (event.offset() or 0, event) if event is not None else None
         self.lanes.begin_parking(lane, first)
+        if lane.parked and not lane.is_retrying:  # a redrive came in between, and was due while this one was at work
+            self._schedule(lane)
         self._spawn(self._park(lane, attempted))
 
     async def _park(self, lane: Lane[Received], attempted: Attempted | None) -> None:
