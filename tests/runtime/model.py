@@ -13,9 +13,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 from headwater.kafka.producer import NotPublished
+from headwater.runtime.assignment import Assignment, Policy, Received
 from headwater.runtime.frontier import Progress, decode_metadata
 from headwater.runtime.lane import NO_OFFSET, Attempted, Key
-from headwater.runtime.owner import Assignment, Owner, Policy, Received
+from headwater.runtime.owner import Owner
 from headwater.runtime.pace import Pace
 from headwater.runtime.retry import FailureKinds, GivingUp, Retry
 from headwater.runtime.retry_topic import DISCARD, REDRIVE, Done, ParkedRecord, Request, SourceRecord, TakenBack
@@ -166,7 +167,7 @@ class Process:
             failed=self.failed,
             chance=world.chance,
         )
-        self.owner._look_later = lambda: None  # type: ignore[method-assign]  # the model looks when it commits
+        self.owner.work.look_later = lambda: None  # type: ignore[method-assign]  # the model looks when it commits
         if world.prepare is not None:
             world.prepare(self.owner)
         self.owner.start()
@@ -418,7 +419,7 @@ class World:
             self._heal()
         finally:
             for process in self.processes:  # coroutines that are thrown away run their last lines
-                process.owner.is_stopping = True
+                process.owner.work.is_stopping = True
                 process.pace._starved.clear()
             self.processes.clear()
             asyncio._set_running_loop(None)
@@ -449,7 +450,7 @@ class World:
         process = self.current
         if self.chance.random() < 0.6:
             process.is_dead = True
-            for task in list(process.owner._tasks):
+            for task in list(process.owner.work.tasks):
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
         else:
             process.is_zombie = True
@@ -488,11 +489,16 @@ class World:
 
     def _is_at_rest(self, process: Process) -> bool:
         owner = process.owner
-        if process.position < len(self.source) or not owner._frontier.is_clear or owner._tasks or owner._requests:
+        if (
+            process.position < len(self.source)
+            or not owner.work.frontier.is_clear
+            or owner.work.tasks
+            or owner._requests
+        ):
             return False
         if process.read_to < len(self.retry) and any(isinstance(r, Request) for r in self.retry[process.read_to :]):
             return False
-        return all(self._is_held(lane) for lane in owner.lanes.by_key.values())
+        return all(self._is_held(lane) for lane in owner.work.lanes.by_key.values())
 
     def _is_held(self, lane: Any) -> bool:
         attempt = lane.parked.attempt if lane.parked else None
@@ -501,10 +507,10 @@ class World:
     def _state(self, process: Process) -> object:
         lanes = [
             (lane.key, lane.is_at_work, lane.is_parking, lane.is_retrying, lane.queue, lane.parked and len(lane.parked))
-            for lane in process.owner.lanes.by_key.values()
+            for lane in process.owner.work.lanes.by_key.values()
         ]
         owner, pace = process.owner, process.pace
-        return lanes, owner._frontier.offset, len(owner._tasks), pace.breaker.outage, pace.free
+        return lanes, owner.work.frontier.offset, len(owner.work.tasks), pace.breaker.outage, pace.free
 
     def _check(self, is_fresh: bool) -> None:
         """C1: nothing is lost."""
@@ -518,8 +524,8 @@ class World:
             if is_fresh and self.options.giving_up is GivingUp.SKIP:
                 raise Violation(f"{offset} stays parked")
         for process in self.processes[-1:]:
-            if process.pace.free < 1 or process.owner.lanes.parked_keys != sum(
-                1 for lane in process.owner.lanes.by_key.values() if lane.parked
+            if process.pace.free < 1 or process.owner.work.lanes.parked_keys != sum(
+                1 for lane in process.owner.work.lanes.by_key.values() if lane.parked
             ):
                 raise Violation(f"the counts are wrong: {self._state(process)}")
         if self.options.has_inbox:

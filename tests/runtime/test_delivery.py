@@ -172,6 +172,41 @@ def test_parked_events_survive_a_restart_in_order(engine: Engine, unique: str) -
     assert [n for account, n in seen if account == "a"] == list(range(21))
 
 
+def test_an_outage_under_exactly_once_is_told_by_the_group(kafka: Engine, unique: str) -> None:
+    """S004.9: what is aborted takes its commit with it; the group's commits say why it waits all the same. (Apache Kafka:
+    the embedded broker has no transactions yet)"""
+    topic = topic_for(unique, 1)
+    app = App(unique, settings=settings_for(kafka))
+    out = threading.Event()
+    seen: list[int] = []
+
+    @app.handler(topic, group=unique, delivery="exactly_once", unavailable=[ConnectionError])
+    async def handle(event: Paid) -> None:
+        if out.is_set():
+            raise ConnectionError("connection refused")
+        seen.append(event.number)
+
+    admin = KafkaAdmin(settings_for(kafka))
+
+    def has_come_to(end: int) -> bool:
+        return {p.offset for p in admin.committed(unique).values()} == {end}
+
+    out.set()
+    publish_all(kafka, topic, [Paid(f"a{i}", i) for i in range(10)])
+    with Running(app):
+        wait_until(lambda: "connection refused" in str(admin.committed(unique)), "the reason, before anything was done")
+        out.clear()
+        wait_until(lambda: has_come_to(10), "the first ten")
+        assert "refused" not in str(admin.committed(unique))
+        out.set()
+        publish_all(kafka, topic, [Paid(f"a{i}", i) for i in range(10, 20)])
+        wait_until(lambda: "connection refused" in str(admin.committed(unique)), "the reason, later on")
+        assert has_come_to(10)
+        out.clear()
+        wait_until(lambda: has_come_to(20), "the others")
+    assert seen == list(range(20))
+
+
 def test_an_outage_parks_nothing_and_ends_by_itself(engine: Engine, unique: str) -> None:
     """S001.16: while the database is out the handler waits as a whole, says so, and counts no attempt."""
     topic = topic_for(unique, 1)

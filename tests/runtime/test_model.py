@@ -4,7 +4,6 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from types import MethodType
 
 import pytest
 
@@ -44,20 +43,20 @@ def test_two_hundred_thousand_schedules() -> None:
 
 
 def without_rules_1_and_2(owner: Owner) -> None:
-    owner.lanes._is_settled = lambda offset, parked: False  # type: ignore[method-assign]
+    owner.work.lanes._is_settled = lambda offset, parked: False  # type: ignore[method-assign]
 
 
 def without_rule_2(owner: Owner) -> None:
-    owner.lanes._is_settled = lambda offset, parked: offset in parked  # type: ignore[method-assign]
+    owner.work.lanes._is_settled = lambda offset, parked: offset in parked  # type: ignore[method-assign]
 
 
 def without_rule_3(owner: Owner) -> None:
-    owner.lanes._is_below_floor = lambda offset, key: False  # type: ignore[method-assign]
+    owner.work.lanes._is_below_floor = lambda offset, key: False  # type: ignore[method-assign]
 
 
 def without_rule_4(owner: Owner) -> None:
     """Events of a parked key are handled at once."""
-    arrive = owner.lanes.arrive
+    arrive = owner.work.lanes.arrive
 
     def overtake(offset: int, key: object, event: object) -> object:
         verdict, lane = arrive(offset, key, event)  # type: ignore[arg-type]
@@ -67,7 +66,7 @@ def without_rule_4(owner: Owner) -> None:
             return Verdict.RUN, lane
         return verdict, lane
 
-    owner.lanes.arrive = overtake  # type: ignore[method-assign,assignment]
+    owner.work.lanes.arrive = overtake  # type: ignore[method-assign,assignment]
 
 
 def with_others_facts(owner: Owner) -> None:
@@ -75,44 +74,44 @@ def with_others_facts(owner: Owner) -> None:
     read = owner.read_retry_topic
 
     def take_in(records: object) -> None:
-        was, owner._is_loaded = owner._is_loaded, False
+        was, owner.work.is_loaded = owner.work.is_loaded, False
         try:
             read(records)  # type: ignore[arg-type]
         finally:
-            owner._is_loaded = was
+            owner.work.is_loaded = was
 
     owner.read_retry_topic = take_in  # type: ignore[method-assign,assignment]
 
 
 def with_commits_of_what_is_at_work(owner: Owner) -> None:
-    owner._frontier.take = lambda offsets: owner._frontier.advance(max(offsets) + 1)  # type: ignore[method-assign]
+    owner.work.frontier.take = lambda offsets: owner.work.frontier.advance(max(offsets) + 1)  # type: ignore[method-assign]
 
 
 def without_hold(owner: Owner) -> None:
-    owner.policy = owner.policy._replace(giving_up=GivingUp.SKIP)
+    owner.work.policy = owner.work.policy._replace(giving_up=GivingUp.SKIP)
 
 
 def without_waiting_for_the_key(owner: Owner) -> None:
     """Events of one key go at once."""
-    arrive = owner.lanes.arrive
+    arrive = owner.work.lanes.arrive
 
     def at_once(offset: int, key: object, event: object) -> object:
         verdict, lane = arrive(offset, offset, event)  # type: ignore[arg-type]
         return verdict, lane
 
-    owner.lanes.arrive = at_once  # type: ignore[method-assign,assignment]
+    owner.work.lanes.arrive = at_once  # type: ignore[method-assign,assignment]
 
 
 def with_settling_before_the_ack(owner: Owner) -> None:
     """What is about to be parked counts as settled."""
-    begin = owner._begin_parking
+    begin = owner._parking.begin
 
-    def too_early(self: Owner, lane: object, event: object = None, attempted: object = None) -> None:
+    def too_early(lane: object, event: object = None, attempted: object = None) -> None:
         if event is not None:
-            owner._frontier.settle(event.offset())  # type: ignore[attr-defined]
+            owner.work.frontier.settle(event.offset())  # type: ignore[attr-defined]
         begin(lane, event, attempted)  # type: ignore[arg-type]
 
-    owner._begin_parking = MethodType(too_early, owner)  # type: ignore[method-assign]
+    owner._parking.begin = too_early  # type: ignore[method-assign,assignment]
 
 
 WITHOUT: list[tuple[Callable[[Owner], None], Options]] = [

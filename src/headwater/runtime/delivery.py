@@ -17,9 +17,9 @@ from typing import Protocol
 
 from headwater.event.codec import Undecodable, Unknown
 from headwater.event.envelope import Cause, Envelope, set_cause
+from headwater.runtime.assignment import Received
 from headwater.runtime.handler import Handler
 from headwater.runtime.lane import Attempted
-from headwater.runtime.owner import Received
 from headwater.runtime.retry import Delivery
 from headwater.store import inbox
 from headwater.store.unit_of_work import UnitOfWork

@@ -10,11 +10,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from headwater.event.codec import Undecodable, Unknown
 from headwater.kafka.consumer import Message, headers_of
 from headwater.kafka.producer import Acknowledged, Headers, NotPublished
+from headwater.runtime.assignment import Assignment, ReadBack, Received
 from headwater.runtime.delivery import Calls
 from headwater.runtime.handler import Handler
 from headwater.runtime.history import History
 from headwater.runtime.lane import Attempted, Key
-from headwater.runtime.owner import Assignment, ReadBack, Received
 from headwater.runtime.retry import Delivery, said_by
 from headwater.runtime.retry_reader import RetryReader
 from headwater.runtime.retry_topic import (

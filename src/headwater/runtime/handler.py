@@ -22,7 +22,7 @@ from typing import Any
 from headwater.event.codec import Decoder
 from headwater.event.envelope import Envelope
 from headwater.event.topic import Topic
-from headwater.runtime.owner import Policy
+from headwater.runtime.assignment import Policy
 from headwater.runtime.retry import Delivery, Errors, FailureKinds, GivingUp, Retry
 from headwater.runtime.retry_topic import dead_topic, retry_topic
 from headwater.settings import InvalidSetting, duration_seconds

@@ -4,7 +4,7 @@ A lane exists while its key has something at work, waiting or parked. The rules 
 enters (offset o, key k), in this order:
 
     1. o is parked in k                                     settled
-    2. k has parked events, and o is before the first       settled: what was parked proves that the earlier ones are
+    2. k has parked events, and o is before the last        settled: what was parked proves that the earlier ones are
     3. o is at or below the floor of k                      settled: it was handled after having been parked
     4. k has parked events, or is about to have some        parked, behind them
     5. else                                                 handled, or queued behind the event at work
@@ -76,6 +76,10 @@ class Parked:
     @property
     def smallest(self) -> int:
         return self._offsets[self._first]
+
+    @property
+    def largest(self) -> int:
+        return self._offsets[-1]
 
     @property
     def place(self) -> int:
@@ -170,7 +174,7 @@ class Lanes(Generic[E]):
 
     def _is_settled(self, offset: int, parked: Parked) -> bool:
         """Rules 1 and 2."""
-        return offset in parked or (offset < parked.smallest and offset >= self._replayed_below)
+        return offset in parked or self._replayed_below <= offset < parked.largest
 
     def _is_below_floor(self, offset: int, key: Key) -> bool:
         """Rule 3."""

@@ -16,6 +16,7 @@ from headwater.kafka.admin import AdminError
 from headwater.kafka.consumer import Begun, KafkaConsumer, Message
 from headwater.kafka.producer import LoopProducer, TransactionalProducer
 from headwater.runtime.alert import Alerts
+from headwater.runtime.assignment import Assignment
 from headwater.runtime.breaker import Outage
 from headwater.runtime.consumer_thread import ConsumerThread
 from headwater.runtime.daemon_executor import DaemonExecutor
@@ -25,7 +26,7 @@ from headwater.runtime.frontier import Progress
 from headwater.runtime.handler import Handler
 from headwater.runtime.history import History
 from headwater.runtime.lane import Attempted
-from headwater.runtime.owner import Assignment, Owner
+from headwater.runtime.owner import Owner
 from headwater.runtime.pace import Pace
 from headwater.runtime.retry import Delivery
 from headwater.runtime.retry_reader import RetryReader
@@ -156,7 +157,7 @@ class Subscription:
             assignment,
             doors,
             self._pace,
-            strands=self._strands,
+            threads=self._strands,
             space=space,
             failed=around.failed,
             writes_history=around.history is not None,

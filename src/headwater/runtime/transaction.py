@@ -24,11 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from headwater.event.codec import Encoded
 from headwater.event.topic import Topic
 from headwater.kafka.consumer import Message, TopicPartition
 from headwater.kafka.producer import Acknowledged, Headers, LoopProducer, NotPublished, TransactionalProducer
 from headwater.runtime import crash_point
+from headwater.runtime.frontier import Waiting, decode_metadata, encode_metadata
 from headwater.runtime.owner import Owner
 from headwater.runtime.pace import Pace
 
@@ -132,6 +135,8 @@ class Transactions:
         """Of the transaction that is open; 0 when there is none."""
         self._count = 0
         self._is_out = False
+        self._is_told = False
+        """The group's commits say why it waits."""
         self._closing = asyncio.Event()
         pace.is_shut = True
         pace.breaker.only_unavailable = True
@@ -211,7 +216,7 @@ class Transactions:
                 await self._one()
                 pause = FIRST_TROUBLE_SECONDS
                 if self._is_out:
-                    self._is_out = False
+                    self._is_out = self._is_told = False
                     self._pace.recovered()
                 self._resize(self._loop.time() - started)
             except Exception as error:
@@ -220,7 +225,12 @@ class Transactions:
                 logger.warning(
                     "transaction_aborted topic=%s next_try_seconds=%.1f reason=%s", self._topic, pause, error
                 )
+                places = self._places_that_wait(str(error)) if self._is_out and not self._is_told else []
                 await self._abort()
+                if places:
+                    await self._tell(places)
+                if not self._is_closing:
+                    self._reset()
                 self._is_busy = False
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), pause)
@@ -322,8 +332,30 @@ class Transactions:
             await self._in_thread(producer.abort)
             await self._in_thread(functools.partial(producer.close, 1.0))
         self._size = 1
-        if not self._is_closing:
-            self._reset()
+
+    def _places_that_wait(self, reason: str) -> list[TopicPartition]:
+        """What the group has committed, with the reason why it doesn't go on."""
+        waiting = Waiting(reason, time.time_ns() // 1_000_000)
+        places = []
+        for owner in self._owners:
+            offset, progress = owner.work.began_at, owner.assignment.progress
+            if owner.last_committed is not None:
+                offset, progress = owner.last_committed[0], decode_metadata(owner.last_committed[1]) or progress
+            if offset is not None:
+                text = encode_metadata(msgspec.structs.replace(progress, waiting=waiting))
+                places.append(TopicPartition(self._topic, owner.partition, offset, text))
+        return places
+
+    async def _tell(self, places: list[TopicPartition]) -> None:
+        """In a transaction that has nothing else: what was aborted took its commit with it."""
+        try:
+            producer = await self._in_thread(self._new_producer)
+            await self._in_thread(producer.begin)
+            await self._in_thread(lambda: producer.commit(places, self._group_metadata(), COMMIT_SECONDS))
+            await self._in_thread(functools.partial(producer.close, 1.0))
+            self._is_told = True
+        except (Aborted, NotPublished) as error:
+            logger.warning("outage_not_committed topic=%s reason=%s", self._topic, error)
 
     async def drain(self, seconds: float) -> None:
         """Let the transaction under way come to its end, and begin no other until `go_on`: partitions are about to go."""

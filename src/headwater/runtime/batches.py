@@ -1,0 +1,105 @@
+"""Batch handlers: one batch at a time; what fails of it goes on alone, key by key."""
+
+import asyncio
+from collections import deque
+
+from headwater.runtime import crash_point
+from headwater.runtime.assignment import Failure, Received, Stopped
+from headwater.runtime.lane import Key, Lane
+from headwater.runtime.lane_runner import LaneRunner
+from headwater.runtime.work import Work
+
+
+class BatchRunner:
+    def __init__(self, work: Work, lanes: LaneRunner) -> None:
+        self._work = work
+        self._lanes = lanes
+        self._is_at_work = False
+
+    def pump(self) -> None:
+        """See that somebody works, if there is something to do."""
+        if not self._is_at_work and self._work.can_take():
+            self._is_at_work = True
+            self._work.spawn(self._run())
+
+    async def _run(self) -> None:
+        work = self._work
+        try:
+            while work.can_take():
+                batch: list[tuple[Lane[Received], Received]] = []
+                lanes: dict[Key, Lane[Received]] = {}
+                while work.incoming and len(batch) < work.policy.batch:
+                    event = work.incoming[0]
+                    if batch and work.generation_of(event.offset() or 0) != work.generation_of(
+                        batch[0][1].offset() or 0
+                    ):
+                        break
+                    work.incoming.popleft()
+                    key = event.key()
+                    lane = lanes.get(key) if key is not None and work.takes_all else None
+                    if lane is None:
+                        lane = self._lanes.arrive(event)
+                    if lane is not None:
+                        lanes[lane.key] = lane
+                        batch.append((lane, event))
+                if batch:
+                    await self._handle_batch(batch)
+        finally:
+            self._is_at_work = False
+        if work.incoming:
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    async def _handle_batch(self, batch: list[tuple[Lane[Received], Received]]) -> None:
+        work = self._work
+        doors, pace = work.doors, work.pace
+        epoch = pace.breaker.epoch
+        events = [event for _, event in batch]
+        for event in events:
+            doors.note("start", o=event.offset(), n=1)
+        outcomes: list[BaseException | None]
+        attempted = True
+        try:
+            outcomes = await doors.attempt_batch(events, work.generation_of(events[0].offset() or 0))
+        except asyncio.CancelledError:
+            if work.is_cancelled:
+                raise Stopped from None
+            outcomes, attempted = [None] * len(events), False
+        except Exception:
+            outcomes, attempted = [None] * len(events), False  # one by one, which tells whose it was
+        if work.is_cancelled:
+            raise Stopped
+        if attempted and crash_point.hook is not None:
+            crash_point.reached("after_effect")
+        bad: dict[Key, list[tuple[Received, BaseException | None]]] = {}
+        for (lane, event), outcome in zip(batch, outcomes, strict=True):
+            if not attempted or outcome is not None or lane.key in bad:
+                bad.setdefault(lane.key, []).append((event, outcome))
+            else:
+                doors.note("ok", o=event.offset(), n=1)
+                work.settled(event)
+        if attempted and len(bad) < len(batch) and (epoch or pace.breaker.has_failures):
+            pace.succeeded(batch[0][0].key, epoch)
+        alone: deque[tuple[Lane[Received], Received, Failure | None]] = deque()
+        for lane in {lane.key: lane for lane, _ in batch}.values():
+            if lane.key not in bad:
+                following = self._lanes.next_of(lane)
+                if following is not None:
+                    alone.append((lane, following[1], None))
+                continue
+            (event, error), *rest = bad[lane.key]
+            if lane.queue is None:
+                lane.queue = deque()
+            lane.queue.extendleft((later.offset() or 0, later) for later, _ in reversed(rest))
+            alone.append((lane, event, Failure(error, epoch) if error is not None else None))
+        for _ in range(max(1, min(len(alone), pace.free)) if alone else 0):
+            work.spawn(self._run_alone(alone))
+
+    async def _run_alone(self, lanes: "deque[tuple[Lane[Received], Received, Failure | None]]") -> None:
+        """One key after the other."""
+        work = self._work
+        while lanes and not work.is_stopping:
+            lane, event, failure = lanes.popleft()
+            if failure is None and work.pace.breaker.is_open:
+                await work.wait_for_turn()
+            work.take_slot()
+            await self._lanes.run_lane(lane, event, failure)
