@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from headwater.broker.wire.record import NewRecord, compress, encode_batch
 from headwater.broker.wire.record_batch import HEADER_SIZE, checksum
 from headwater.testing.broker import BrokerProcess
 from tests.kit.clients import Confluent, Sent
-from tests.kit.require import unavailable
+from tests.kit.mount import mounted
 from tests.kit.simulation import produce_answer, produce_body
 from tests.wire.test_messages import declared, structures
 
@@ -394,19 +392,6 @@ def test_a_config_that_can_not_be_used_is_said(tmp_path: Path, setting: str, say
 
     assert done.returncode == 1
     assert says in done.stderr
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A real file system of its own: root ignores mode bits, not these."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode:
-        unavailable("a file system of the test's own", "mounting one needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_directory_that_may_not_be_written_is_said(tmp_path: Path) -> None:

@@ -149,6 +149,8 @@ class Owner:
 
     def loaded(self) -> None:
         """The retry topic was read up to where it ended when the partition was assigned."""
+        if self.work.is_loaded:
+            return
         self.work.is_loaded = True
         for offset in self._parking.loaded():
             if self._writes_history:

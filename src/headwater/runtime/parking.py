@@ -9,6 +9,7 @@ import heapq
 import logging
 
 from headwater.runtime.assignment import Failure, ReadBack, Received, Stopped, key_of
+from headwater.runtime.frontier import Waiting
 from headwater.runtime.lane import NO_OFFSET, Attempted, Key, Lane
 from headwater.runtime.pace import Worker
 from headwater.runtime.retry import GivingUp, Kind, said_by
@@ -221,7 +222,7 @@ class Parking:
                 offset, attempted = lane.parked.smallest, lane.parked.attempt
                 if work.is_stopping or work.pace.is_shut or (attempted is not None and not self._is_due(attempted)):
                     break
-                event = await self._read_back(offset, lane.parked.place)
+                event = await self._read_back(lane.key, offset, lane.parked.place)
                 if event is None:
                     break
                 if work.policy.settles_first:
@@ -291,7 +292,7 @@ class Parking:
         assert work.policy.retry is not None
         return work.doors.now_ms() + round(work.policy.retry.pause_seconds(attempts, work.chance) * 1000)
 
-    async def _read_back(self, offset: int, place: int) -> Received | None:
+    async def _read_back(self, key: Key, offset: int, place: int) -> Received | None:
         """From the cache, or from the retry topic, with some that come next."""
         work = self._work
         event = self._cache.get(offset)
@@ -306,12 +307,18 @@ class Parking:
                     elif work.lanes.holds(key_of(ReadBack(record)), record.source.offset):
                         self._keep(record.source.offset, ReadBack(record))
                 if event is not None:
+                    work.stuck.pop(key, None)
                     return event
                 reason = f"there is no parked record at {place} of the retry topic"
             except Exception as error:
                 reason = said_by(error)
             logger.error("read_back_failed handler=%s partition=%d offset=%d reason=%s",
                          work.policy.name, work.partition, offset, reason)  # fmt: skip
+            if key not in work.stuck:
+                work.stuck[key] = Waiting(
+                    f"the parked event {offset} can't be read back: {reason}", work.doors.now_ms()
+                )
+                work.look_later()
             try:
                 await work.pause(pause)
             except Stopped:

@@ -168,6 +168,10 @@ class RetryReader:
             messages, ended = self._reader.take(TAKE, TAKE_SECONDS)
         except ConsumerFailed as error:
             logger.warning("retry_topic_unreadable topic=%s error=%s", self._retry_topic, error)
+            if isinstance(error, Gone):  # the topic was deleted and made again: what is asked of it now is at its start
+                self._late = dict(self._owners)
+                for partition in self._late:
+                    self._leave(partition)
             self._stopping.wait(TROUBLE_SECONDS)
             return
         found: dict[int, list[Message]] = {}

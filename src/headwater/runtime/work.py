@@ -82,7 +82,8 @@ class Work:
         self.blocked: Waiting | None = None
         """A record can't be written: nothing more is taken."""
         self.stuck: dict[Key, Waiting] = {}
-        """Without a retry topic: keys whose event is tried in place until it works. The others go on."""
+        """Keys that stand while the others go on: without a retry topic, those whose event is tried in place until it
+        works; with one, those whose parked event can't be read."""
         self.tasks: set[asyncio.Task[None]] = set()
         self._slots_held = 0
         self._waiting_times: deque[tuple[int, int]] = deque()
