@@ -11,6 +11,7 @@ HEADWATER_KAFKA_<NAME>        a property of the Kafka client, with _ for .
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 PREFIX = "HEADWATER_"
 KAFKA_PREFIX = "HEADWATER_KAFKA_"
@@ -57,7 +58,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         database_url=values.get("DATABASE_URL"),
         create_topics=_flag("CREATE_TOPICS", values.get("CREATE_TOPICS", "true")),
         kafka=kafka,
-        alert_webhook=values.get("ALERT_WEBHOOK"),
+        alert_webhook=_url("ALERT_WEBHOOK", values.get("ALERT_WEBHOOK")),
         history=values.get("HISTORY"),
     )
 
@@ -66,6 +67,12 @@ def _flag(name: str, value: str) -> bool:
     if value.lower() not in ("true", "false"):
         raise InvalidSetting(f"{PREFIX}{name} is true or false, not {value!r}.")
     return value.lower() == "true"
+
+
+def _url(name: str, value: str | None) -> str | None:
+    if value is not None and (urlsplit(value).scheme not in ("http", "https") or not urlsplit(value).hostname):
+        raise InvalidSetting(f"{PREFIX}{name} is an address that begins with http:// or https://, not {value!r}.")
+    return value
 
 
 DURATION_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "y": 365 * 86400.0}

@@ -153,6 +153,7 @@ def test_without_a_broker_the_message_says_how_to_get_one() -> None:
         ("no.such.module:app", {}, "there is no module no"),
         ("json:loads", {}, "has no App named"),
         ("examples.shop.inventory:app", {"HEADWATER_NONSENSE": "1"}, "HEADWATER_NONSENSE is not known"),
+        ("examples.shop.inventory:app", {"HEADWATER_ALERT_WEBHOOK": "localhost:80"}, "begins with http"),
         ("examples.shop.inventory:app", {"HEADWATER_DATABASE_URL": "oracle://x"}, "database"),
         (
             "examples.shop.inventory:app",

@@ -174,7 +174,10 @@ def test_a_replay_handles_exactly_its_range_again(
         arguments = ["replay", group, "--topic", unique, "--from", "3", "--to", "6", *flag]
         dry = run_json(engine, *arguments)
         assert {row["events"] for row in dry} == {3}
+        assert "lies before" in run(engine, "replay", group, "--topic", unique, "--from", "6", "--to", "3", code=1)
         run(engine, *arguments, "--execute")
+        described = run_json(engine, "groups", "describe", group)
+        assert {(row["replay"]["start"], row["replay"]["end"]) for row in described["partitions"]} == {(3, 6)}
     first_mails = len(mails)
     with Running(app := make()):
         wait_until(lambda: is_through(40), "the replay")

@@ -63,7 +63,7 @@ def _starts(client: KafkaAdmin, text: str, places: list[tuple[str, int]]) -> dic
     elif text[:1] == "-" and text[1:].isdecimal():
         wanted = {place: latest[place] + int(text) for place in places}
     else:
-        wanted = client.offsets_at(places, parse_time_ms(text))
+        wanted = client.offsets_at(places, parse_time_ms(text, "earliest, latest, an offset, -N, or "))
     return {place: min(max(offset, earliest[place]), latest[place]) for place, offset in wanted.items()}
 
 

@@ -68,6 +68,16 @@ class PartitionRow(msgspec.Struct, frozen=True):
     waiting: str | None
     parked: int = 0
     """How many keys are parked."""
+    replay: "ReplayRow | None" = None
+
+
+class ReplayRow(msgspec.Struct, frozen=True):
+    """Events from `start` to before `end` are handled again, the others up to `until` are not."""
+
+    start: int
+    end: int
+    until: int
+    outside_effects: bool
 
 
 def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
@@ -94,6 +104,7 @@ def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
                 owners.get(place),
                 waiting_for(position.metadata) if position is not None else None,
                 parked_in(position.metadata) if position is not None else 0,
+                replay_in(position.metadata) if position is not None else None,
             )
         )
     return rows
@@ -115,6 +126,14 @@ def waiting_for(metadata: str) -> str | None:
 def parked_in(metadata: str) -> int:
     progress = decode_metadata(metadata)
     return progress.parked if progress is not None else 0
+
+
+def replay_in(metadata: str) -> ReplayRow | None:
+    """The replay that is to come or under way."""
+    progress = decode_metadata(metadata)
+    if progress is None or progress.replay is None:
+        return None
+    return ReplayRow(progress.replay.start, progress.replay.end, progress.replay.until, progress.replay.outside_effects)
 
 
 @app.command()
@@ -153,6 +172,12 @@ def describe(group: Group, bootstrap_servers: Servers = DEFAULT_SERVERS, json: J
             if row.waiting and row.waiting.startswith("for "):
                 line = Text.assemble(("waits", "red"), f" {row.topic}-{row.partition}: {row.waiting}")
                 console.print(line, soft_wrap=True)
+            if row.replay is not None:
+                console.print(
+                    f"replays {row.topic}-{row.partition}: {row.replay.start} to {row.replay.end}, "
+                    f"new events from {row.replay.until}",
+                    highlight=False,
+                )
         _show_parked(parked)
 
 
@@ -292,17 +317,15 @@ def offsets_at(
         return {place: committed.get(place, starts[place]) + int(to) for place in places}
     if to.isdecimal():
         return dict.fromkeys(places, int(to))
-    return client.offsets_at(places, parse_time_ms(to))
+    return client.offsets_at(places, parse_time_ms(to, "earliest, latest, an offset, +N, -N, or "))
 
 
-def parse_time_ms(text: str) -> int:
-    """An ISO-8601 time, in UTC unless it says otherwise. Raises UserError."""
+def parse_time_ms(text: str, others: str = "") -> int:
+    """An ISO-8601 time, in UTC unless it says otherwise. Raises UserError, which names what else may be given."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UserError(
-            f"{text!r} is no place in a log: give earliest, latest, an offset, +N, -N, or a time as in 2026-01-31T08:00."
-        ) from None
+        raise UserError(f"{text!r} can't be used: give {others}a time as in 2026-01-31T08:00.") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return round(moment.timestamp() * 1000)

@@ -16,7 +16,9 @@ from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import KafkaException
 from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settings, from_environment
 
-console = Console()
+WIDE = 1000  # for what is piped into a file or a program: a row is a line
+
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 errors = Console(stderr=True)
 
 Servers = Annotated[

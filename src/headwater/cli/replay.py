@@ -38,9 +38,10 @@ def replay(
             offsets = offsets_at(client, text, places, {}, lows, highs)
             return {place: min(max(offset, lows[place]), highs[place]) for place, offset in offsets.items()}
 
-        planned = plan(
-            committed, found(start), found(end) if end is not None else None, outside_effects=outside_effects
-        )
+        begins, ends = found(start), found(end) if end is not None else None
+        if ends is not None and all(ends[place] < begins[place] for place in places):
+            raise UserError(f"--to {end} lies before --from {start}.")
+        planned = plan(committed, begins, ends, outside_effects=outside_effects)
         if execute and planned:
             client.alter_committed(group, {(p.topic, p.partition): (p.start, p.metadata) for p in planned})
         rows = [(each.topic, each.partition, each.start, each.end, each.events, each.frontier) for each in planned]
