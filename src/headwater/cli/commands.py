@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from headwater import __version__
-from headwater.cli import consume, dead_letters, groups, produce, replay, run, topics, up, verify
+from headwater.cli import consume, dead_letters, groups, produce, registry, replay, run, topics, up, verify
 from headwater.cli.broker import parser
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.add_typer(groups.app, name="groups")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("replay")(replay.replay)
 app.command("verify")(verify.verify)
+app.command("registry")(registry.registry)
 app.command("produce")(produce.produce)
 app.command("consume")(consume.consume)
 

@@ -18,11 +18,12 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from headwater.asgi import CannotListen, listen, serve
 from headwater.event.topic import Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.producer import (
@@ -53,7 +54,6 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Function)
 
 STOP_SECONDS = 20.0
-WEB_STOP_SECONDS = 10  # for requests that are being answered
 DEFAULT_MAX_MESSAGE_BYTES = "1048588"
 KNOWN_SECONDS = 15.0  # for a topic that was made to be known everywhere
 DEFAULT_RETRY = Retry()
@@ -365,7 +365,9 @@ class App:
         listener = self._bind_web()
         async with self.lifespan():
             subscriptions = self._subscribe(loop, failed)
-            web = asyncio.create_task(self._serve_web(listener, stop)) if listener is not None else None
+            web = (
+                asyncio.create_task(serve(self._web[0], listener, stop)) if self._web and listener is not None else None
+            )
             stopping = asyncio.create_task(stop.wait())
             logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
             try:
@@ -414,41 +416,12 @@ class App:
         if self._web is None:
             return None
         _, host, port = self._web
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((host, port))
-        except OSError as error:
-            listener.close()
+            return listen(host, port)
+        except CannotListen as error:
             raise CannotStart(
-                f"{self.name} can't serve {host}:{port}: {os.strerror(error.errno or 0).lower()}. "
-                "Stop what uses the port, or give `app.web` another."
+                f"{self.name} can't serve {error}. Stop what uses the port, or give `app.web` another."
             ) from None
-        return listener
-
-    async def _serve_web(self, listener: socket.socket, stop: asyncio.Event) -> None:
-        import uvicorn
-
-        assert self._web is not None
-
-        class Server(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Any:
-                """The application's own stop counts."""
-                yield
-
-        config = uvicorn.Config(
-            self._web[0], log_level="warning", access_log=False, timeout_graceful_shutdown=WEB_STOP_SECONDS
-        )
-        server = Server(config)
-
-        async def end() -> None:
-            await stop.wait()
-            server.should_exit = True
-
-        ending = asyncio.create_task(end())
-        await server.serve(sockets=[listener])
-        ending.cancel()
 
 
 def _topics_of_failures(
