@@ -8,7 +8,7 @@ redrive and discard; outages come and go. At the end everything is healed, and m
 import asyncio
 import heapq
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from headwater.runtime.owner import Owner
 from headwater.runtime.pace import Pace
 from headwater.runtime.retry import FailureKinds, GivingUp, Retry
 from headwater.runtime.retry_topic import DISCARD, REDRIVE, Done, ParkedRecord, Request, SourceRecord, TakenBack
+from headwater.runtime.strands import Strand
 
 KEYS = (b"a", b"b", None)
 LONGEST_SECONDS = 3000.0
@@ -136,6 +137,10 @@ class Options(NamedTuple):
     giving_up: GivingUp = GivingUp.SKIP
     has_inbox: bool = False
     has_breaker: bool = True
+    kind: str = "async"
+    """async, sync or batch."""
+    settles_first: bool = False
+    """At most once; has no inbox."""
 
 
 class Violation(Exception):
@@ -155,15 +160,24 @@ class Process:
         self.read_to = len(world.retry)
         retry = Retry(2 + world.chance.randrange(2), "1s..4s")
         kinds = FailureKinds(poison=(Poison,), unavailable=(Unavailable,))
-        self.pace = Pace("model", 1 + world.chance.randrange(4), self.now_ms, lambda outage: None)
+        self.slots = 1 + world.chance.randrange(4)
+        self.pace = Pace("model", self.slots, self.now_ms, lambda outage: None)
         self.pace._chance = world.chance
         if not world.options.has_breaker:
             self.pace.breaker.failed = lambda *_: None  # type: ignore[method-assign,assignment]
         self.owner = Owner(
-            Policy("model", retry, world.options.giving_up, kinds),
+            Policy(
+                "model",
+                retry,
+                world.options.giving_up,
+                kinds,
+                world.options.settles_first,
+                4 if world.options.kind == "batch" else 0,
+            ),
             Assignment("t", 0, token, frontier, progress, "id"),
             self,
             self.pace,
+            threads=self if world.options.kind == "sync" else None,
             failed=self.failed,
             chance=world.chance,
         )
@@ -173,7 +187,7 @@ class Process:
         self.owner.start()
         self.owner.read_retry_topic([record for record in world.retry[: self.read_to] if record is not None])
         self.owner.loaded()
-        self.position = frontier or 0
+        self.began_at = self.position = frontier or 0
 
     def failed(self, error: Exception) -> None:
         self.world.broken(f"the owner broke: {error!r}")
@@ -186,6 +200,10 @@ class Process:
             end = min(len(world.source), self.position + 1 + world.chance.randrange(4))
             batch = [Event(offset, world.source[offset]) for offset in range(self.position, end)]
             self.position = end
+            if world.options.settles_first:
+                if self.is_zombie:
+                    return  # its commit is refused
+                world.committed = (end, Progress())
             self.owner.add(batch)
 
     def follow(self) -> None:
@@ -195,7 +213,7 @@ class Process:
 
     def commit(self) -> None:
         self.owner.look()
-        if self.owner.committable is not None:
+        if self.owner.committable is not None and not self.world.options.settles_first:
             frontier, metadata = self.owner.committable
             progress = decode_metadata(metadata)
             assert progress is not None
@@ -224,34 +242,87 @@ class Process:
         return place
 
     async def attempt(self, event: Received, attempted: Attempted | None, generation: int) -> None:
-        world = self.world
         offset = event.offset()
         assert offset is not None
+        if self.world.options.has_inbox:
+            await self._io()
+        await self._io()
+        trouble = self._trouble(offset, attempted)
+        if trouble is not None:
+            raise trouble
+        self._take_effect(offset, attempted)
+        await self._io()
+
+    async def attempt_batch(self, events: Sequence[Received], generation: int) -> list[BaseException | None]:
+        """An outcome per event; with an inbox one transaction for all of them."""
+        await self._io()
+        world = self.world
+        outcomes: list[BaseException | None] = [self._trouble(event.offset() or 0, None) for event in events]
+        if world.options.has_inbox:
+            for outcome in outcomes:
+                if outcome is not None:
+                    raise outcome
+        bad: set[object] = set()
+        for event, outcome in zip(events, outcomes, strict=True):
+            if outcome is not None and event.key() is not None:
+                bad.add(event.key())
+            elif outcome is None and event.key() not in bad:  # what follows a bad one is handled once more: no matter
+                self._take_effect(event.offset() or 0, None)
+        await self._io()
+        return outcomes
+
+    # Threads of a sync handler: a strand runs at one moment, and is over at a later one
+
+    def put(self, strand: Strand) -> None:
+        chance = self.world.chance
+
+        def over() -> None:
+            if not self.is_dead:
+                strand.runner.ended(strand)
+
+        def run() -> None:
+            if not self.is_dead:
+                strand.run(lambda: None, self.attempt_sync)
+                self.world.loop.call_later(chance.random() * 0.5, over)
+
+        self.world.loop.call_later(chance.random() * 0.5, run)
+
+    def attempt_sync(self, event: Received, generation: int) -> None:
+        offset = event.offset()
+        assert offset is not None
+        trouble = self._trouble(offset, None)
+        if trouble is not None:
+            raise trouble
+        self._take_effect(offset, None)
+
+    def _trouble(self, offset: int, attempted: Attempted | None) -> Exception | None:
+        """Why the handler fails, if it does."""
+        world = self.world
+        world.attempts[offset] += 1
+        # A redrive, and what waits behind it, is in the retry topic, where a zombie finds it as well.
+        is_redriven = world.source[offset] in {world.source[each] for each in world.redriven}
+        if world.options.settles_first and world.attempts[offset] > 1 and not is_redriven:
+            world.broken(f"{offset} was handled twice")
         if world.options.has_inbox:
             state = world.inbox.get(offset)
             if state == "done":
-                await self._io()
-                world.handled(self, offset, False)
-                return
+                return None
             if state == "dead" and not (attempted is not None and attempted.is_redriven):
-                raise GivenUpBefore
-        await self._io()
-        trouble = None if world.is_healed else world.trouble(offset)
+                return GivenUpBefore()
         if offset in world.poison:
-            trouble = Poison("poison")
-        if trouble is not None:
-            raise trouble
+            return Poison("poison")
+        return None if world.is_healed else world.trouble(offset)
+
+    def _take_effect(self, offset: int, attempted: Attempted | None) -> None:
+        world = self.world
+        is_redriven = attempted is not None and attempted.is_redriven
         if world.options.has_inbox:
             if world.inbox.get(offset) == "done":
                 world.handled(self, offset, False)
                 return
             world.inbox[offset] = "done"
             world.effect(offset)
-        world.handled(self, offset, attempted is not None and attempted.is_redriven)
-        await self._io()
-
-    async def attempt_batch(self, events: Sequence[Received], generation: int) -> list[BaseException | None]:
-        raise NotImplementedError
+        world.handled(self, offset, is_redriven)
 
     def is_wanted(self, event: Received) -> bool:
         return True
@@ -291,6 +362,8 @@ class Process:
 
     async def read_back(self, place: int) -> list[ParkedRecord]:
         await self._io()
+        if not self.world.is_healed and self.world.chance.random() < 0.1:
+            raise RuntimeError("it can't be read now")
         return [record for record in self.world.retry[place : place + 3] if isinstance(record, ParkedRecord)]
 
     async def read_dead(self, dead_offset: int) -> tuple[Received, int] | None:
@@ -332,6 +405,7 @@ class World:
         self.dead_offsets: set[int] = set()
         self.last_of: dict[tuple[int, bytes], int] = {}
         self.effects: list[int] = []
+        self.attempts: Counter[int] = Counter()
         self.violation: Violation | None = None
 
     # What the outside keeps
@@ -383,7 +457,9 @@ class World:
                 if earlier < offset and self.source[earlier] == key and earlier not in self.redriven:
                     self.broken(f"C4: {offset} was handled while {earlier} was parked")
         if offset not in self.first_ok:
-            if key is not None and not exempt:
+            # At most once, only the zombie has what it took: its successor can't wait for it.
+            is_with_zombie = self.options.settles_first and any(each.is_zombie for each in self.processes)
+            if key is not None and not exempt and not is_with_zombie:
                 for later in self.first_ok:
                     if later > offset and self.source[later] == key and offset not in self.dead_offsets:
                         self.broken(f"C2: {offset} was first handled after {later}")
@@ -437,8 +513,10 @@ class World:
             self.current.deliver()
         elif what < 0.6:
             self.current.commit()
-        elif what < 0.65:
+        elif what < 0.64:
             self._crash()
+        elif what < 0.66:
+            self._stop()
         elif what < 0.72 and self.dead:
             self._ask()
         elif what < 0.76:
@@ -455,6 +533,30 @@ class World:
         else:
             process.is_zombie = True
         self._start()
+
+    def _stop(self) -> None:
+        """A stop or a revoke: what is at work has some time to end; the frontier is committed; somebody else begins."""
+        process = self.current
+        process.owner.stop()
+        for _ in range(self.chance.randrange(200)):
+            if process.owner.stopped.is_set() or not self.loop.step():
+                break
+        if not process.owner.stopped.is_set():
+            process.owner.cancel()
+        if process.owner.stopped.is_set():
+            self._check_slots(process)
+            if self.options.settles_first and not process.owner.work.is_cancelled:
+                taken = range(process.began_at, process.position)
+                left = [offset for offset in taken if not self.attempts[offset] and offset not in self.outstanding()]
+                if left:
+                    self.broken(f"{left} were committed and never handled, in a stop that had time")
+        process.commit()
+        process.is_dead = True
+        self._start()
+
+    def _check_slots(self, process: Process) -> None:
+        if process.pace.free != process.slots:
+            self.broken(f"{process.slots - process.pace.free} slots are lost")
 
     def _ask(self) -> None:
         dead_offset = self.chance.randrange(len(self.dead))
@@ -493,7 +595,7 @@ class World:
             process.position < len(self.source)
             or not owner.work.frontier.is_clear
             or owner.work.tasks
-            or owner._requests
+            or owner._requests._waiting
         ):
             return False
         if process.read_to < len(self.retry) and any(isinstance(r, Request) for r in self.retry[process.read_to :]):
@@ -517,14 +619,17 @@ class World:
         if self.violation is not None:
             raise self.violation
         parked = self.outstanding()
-        for offset in range(len(self.source)):
+        for offset in range(0 if self.options.settles_first else len(self.source)):
             if not (offset in self.first_ok or offset in self.dead_offsets or offset in parked):
                 raise Violation(f"C1: {offset} is lost")
         for offset in parked:
             if is_fresh and self.options.giving_up is GivingUp.SKIP:
                 raise Violation(f"{offset} stays parked")
         for process in self.processes[-1:]:
-            if process.pace.free < 1 or process.owner.work.lanes.parked_keys != sum(
+            self._check_slots(process)
+            if self.violation is not None:
+                raise self.violation
+            if process.owner.work.lanes.parked_keys != sum(
                 1 for lane in process.owner.work.lanes.by_key.values() if lane.parked
             ):
                 raise Violation(f"the counts are wrong: {self._state(process)}")

@@ -7,11 +7,12 @@ from collections import Counter
 
 import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient
 from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select, text
 
 from headwater import App, Event, Retry, Topic, UnitOfWork
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import headers_of
+from headwater.kafka.consumer import OutOfRange, headers_of
 from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.retry_topic import DeadLetter, read_dead_letter
@@ -338,6 +339,44 @@ def test_a_batch_with_a_bad_event_fails_nobody_else(engine: Engine, unique: str)
     assert all(numbers == sorted(numbers) for account, numbers in firsts.items() if account not in ("a3", "a7"))
 
 
+@pytest.mark.parametrize("on_gap", ["stop", "skip"])
+def test_a_gap_is_skipped_if_that_is_wanted_and_else_said(engine: Engine, unique: str, on_gap: str) -> None:
+    """S001.13: where retention has passed the frontier, the handler goes on at what is left, or says what to do."""
+    topic = topic_for(unique, 1)
+    seen: list[int] = []
+
+    def make() -> App:
+        app = App(unique, settings=settings_for(engine))
+
+        @app.handler(topic, group=unique, on_gap=on_gap)
+        async def handle(event: Paid) -> None:
+            seen.append(event.number)
+
+        return app
+
+    admin = KafkaAdmin(settings_for(engine))
+
+    def has_come_to(end: int) -> bool:
+        return {p.offset for p in admin.committed(unique).values()} == {end}
+
+    publish_all(engine, topic, [Paid(f"a{i % 3}", i) for i in range(5)])
+    with Running(make()):
+        wait_until(lambda: has_come_to(5), "the first five")
+    publish_all(engine, topic, [Paid(f"a{i % 3}", i) for i in range(5, 20)])
+    client = AdminClient({"bootstrap.servers": engine.bootstrap_servers})
+    for future in client.delete_records([TopicPartition(unique, 0, 12)]).values():
+        future.result()
+    if on_gap == "stop":
+        with pytest.raises(OutOfRange, match="groups reset"), Running(make()) as running:
+            wait_until(lambda: running.error is not None, "the end")
+        return
+    with Running(make()):
+        wait_until(lambda: has_come_to(20), "the rest")
+        publish_all(engine, topic, [Paid("a1", 20)])
+        wait_until(lambda: has_come_to(21), "what comes later")
+    assert seen == [*range(5), *range(12, 21)]
+
+
 def test_at_most_once_commits_before_it_handles(engine: Engine, unique: str) -> None:
     """S004.7: when the handler is called its event is committed; a failure is not tried again."""
     topic = topic_for(unique, 1)
@@ -363,7 +402,7 @@ def test_at_most_once_commits_before_it_handles(engine: Engine, unique: str) -> 
     assert letter.attempted.attempts == 1
 
 
-@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize("kind", ["async", "sync", "batch"])
 def test_exactly_once_reads_handles_and_writes_in_one_transaction(kafka: Engine, unique: str, kind: str) -> None:
     """S004.9: output equals input for readers of what is committed, also past failing and bad events. (Apache Kafka: the
     embedded broker has no transactions yet)"""
@@ -380,12 +419,23 @@ def test_exactly_once_reads_handles_and_writes_in_one_transaction(kafka: Engine,
             raise ZeroDivisionError
         return Booked(event.account, event.number)
 
+    def outcome_of(event: Paid) -> Booked | Exception:
+        try:
+            return book(event)
+        except Exception as error:
+            return error
+
     options = {"delivery": "exactly_once", "group": unique, "retry": Retry(10, "100ms"), "poison": [ZeroDivisionError]}
     if kind == "async":
 
         @app.handler(topic, **options)
         async def handle(event: Paid) -> Booked:
             return book(event)
+    elif kind == "batch":
+
+        @app.handler(topic, **options)
+        async def handle_batch(events: list[Paid]) -> list[Booked | Exception]:
+            return [outcome_of(event) for event in events]
     else:
 
         @app.handler(topic, **options)
@@ -526,23 +576,41 @@ def test_a_database_that_goes_down_parks_nothing_and_doubles_nothing(embedded: E
     assert set(admin.end_offsets(places).values()) == {0}
 
 
-@pytest.mark.parametrize("how", ["finally", "cancelled"])
-def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(embedded: Engine, unique: str, how: str) -> None:
-    """S001.16: an error out of `finally`, and a cancellation that is the handler's own, stop their key and nothing else."""
+class Panic(BaseException):
+    """As compiled extensions raise."""
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize("how", ["finally", "cancelled", "exit", "panic"])
+def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(
+    embedded: Engine, unique: str, how: str, kind: str
+) -> None:
+    """S001.16: an error out of `finally`, a cancellation that is the handler's own, SystemExit, and what is no Exception
+    at all, are failures of their event and nothing else."""
     topic = topic_for(unique, 1)
     app = App(unique, settings=settings_for(embedded))
     seen: list[tuple[str, int]] = []
 
-    @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
-    async def handle(event: Paid) -> None:
+    def odd(event: Paid) -> None:
         if event.account == "odd" and event.number == 1:
-            if how == "cancelled":
-                raise asyncio.CancelledError
+            if how in ("cancelled", "exit", "panic"):
+                raise {"cancelled": asyncio.CancelledError, "exit": SystemExit, "panic": Panic}[how]
             try:
                 raise ValueError("first")
             finally:
                 raise RuntimeError("out of finally")
         seen.append((event.account, event.number))
+
+    if kind == "async":
+
+        @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
+        async def handle(event: Paid) -> None:
+            odd(event)
+    else:
+
+        @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
+        def handle_sync(event: Paid) -> None:
+            odd(event)
 
     publish_all(embedded, topic, [Paid(account, i) for i in range(4) for account in ("odd", "even")])
     with Running(app):

@@ -12,12 +12,14 @@ from headwater.runtime.owner import Owner
 from headwater.runtime.retry import GivingUp
 from tests.runtime.model import Options, Violation, run_schedules
 
+KINDS = ("async", "sync", "batch")
 OPTIONS = [
-    Options(giving_up, has_inbox, has_breaker)
+    Options(giving_up, has_inbox, has_breaker, kind)
+    for kind in KINDS
     for giving_up in GivingUp
     for has_inbox in (False, True)
     for has_breaker in (True, False)
-]
+] + [Options(has_breaker=has_breaker, kind=kind, settles_first=True) for kind in KINDS for has_breaker in (True, False)]
 FIRST_SEED = int(os.environ.get("HEADWATER_TEST_SEED", "0"))
 CHUNK = 500
 
@@ -25,21 +27,21 @@ CHUNK = 500
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_schedule_breaks_a_promise(options: Options) -> None:
     """S001.16, S002.7, S004.14: C1 to C6 and C8, over crashes, zombies, lost acknowledgements, outages and redrives."""
-    run_schedules(FIRST_SEED, 200, options)
+    run_schedules(FIRST_SEED, 100, options)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_two_hundred_thousand_schedules() -> None:
     """S001.16: the same, at length."""
-    each = 25_000
+    each = 7_000
     with ProcessPoolExecutor(max_workers=2, initializer=logging.disable) as pool:
         jobs = [
             pool.submit(run_schedules, first, CHUNK, options)
             for options in OPTIONS
             for first in range(FIRST_SEED + 1000, FIRST_SEED + 1000 + each, CHUNK)
         ]
-        assert sum(job.result() for job in jobs) == each * len(OPTIONS) == 200_000
+        assert sum(job.result() for job in jobs) == each * len(OPTIONS) >= 200_000
 
 
 def without_rules_1_and_2(owner: Owner) -> None:

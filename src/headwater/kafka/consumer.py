@@ -24,6 +24,7 @@ QUEUED_KBYTES = 16 * 1024
 COMMITTED_SECONDS = 2.0  # for one try
 CLOSE_SECONDS = 5.0
 TELL_SECONDS = 30.0
+TROUBLE_SECONDS = 0.2
 FINAL = (KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED)
 
 __all__ = [
@@ -78,6 +79,10 @@ class ConsumerFailed(Exception):
 
 class Gone(ConsumerFailed):
     """The offset is not in the log any more."""
+
+    def __init__(self, message: str, partition: int) -> None:
+        super().__init__(message)
+        self.partition = partition
 
 
 class OutOfRange(Exception):
@@ -167,6 +172,24 @@ class KafkaConsumer:
     def earliest(self, topic: str, partition: int) -> int:
         """Raises KafkaException."""
         return int(self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=COMMITTED_SECONDS)[0])
+
+    def begin_at_earliest(self, topic: str, partition: int, is_given_up: Callable[[], bool]) -> Begun | None:
+        """Read on at the earliest record, after an offset that was not in the log any more: there the client has stopped
+        fetching, and can't seek. While the broker is away it tries again, until `is_given_up`: then None."""
+        while not is_given_up():
+            try:
+                place = TopicPartition(topic, partition, self.earliest(topic, partition))
+                if self._is_incremental:
+                    self._consumer.incremental_unassign([place])
+                    self._consumer.incremental_assign([place])
+                else:
+                    others = [each for each in self._consumer.assignment() if each.partition != partition]
+                    self._consumer.assign([*self._consumer.position(others), place])
+                return Begun(partition, None, "")
+            except KafkaException as error:
+                self._tell(f"begin at the earliest record: {error.args[0].str()}")
+                time.sleep(TROUBLE_SECONDS)
+        return None
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on from there."""
@@ -295,7 +318,7 @@ class KafkaReader:
         config.pop("group.instance.id", None)
         config["isolation.level"] = isolation
         self._consumer = confluent_kafka.Consumer({**config, "enable.partition.eof": True}, logger=client_logger)
-        self._trouble: ConsumerFailed | None = None
+        self._troubles: list[ConsumerFailed] = []
         if starts:
             self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])
 
@@ -307,7 +330,7 @@ class KafkaReader:
 
     def only(self, topic: str, partition: int, offset: int) -> None:
         """From now on this, and nothing else."""
-        self._trouble = None
+        self._troubles.clear()
         self._consumer.assign([TopicPartition(topic, partition, offset)])
 
     def nothing(self) -> None:
@@ -320,9 +343,8 @@ class KafkaReader:
 
     def take(self, count: int, seconds: float) -> tuple[list[Message], dict[tuple[str, int], int]]:
         """Records, and the partitions whose end was reached, with that end. Raises ConsumerFailed."""
-        if self._trouble is not None:
-            trouble, self._trouble = self._trouble, None
-            raise trouble
+        if self._troubles:
+            raise self._troubles.pop(0)
         messages: list[Message] = []
         ended: dict[tuple[str, int], int] = {}
         for message in self._consumer.consume(count, seconds):
@@ -332,11 +354,11 @@ class KafkaReader:
             elif error.code() == KafkaError._PARTITION_EOF:
                 ended[message.topic() or "", message.partition() or 0] = message.offset() or 0
             else:
-                kind = Gone if error.code() == KafkaError._AUTO_OFFSET_RESET else ConsumerFailed
-                self._trouble = kind(error.str())  # after the records that came with it
-        if self._trouble is not None and not messages:
-            trouble, self._trouble = self._trouble, None
-            raise trouble
+                is_gone = error.code() == KafkaError._AUTO_OFFSET_RESET
+                trouble = Gone(error.str(), message.partition() or 0) if is_gone else ConsumerFailed(error.str())
+                self._troubles.append(trouble)  # after the records that came with it
+        if self._troubles and not messages:
+            raise self._troubles.pop(0)
         return messages, ended
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class BatchRunner:
                     work.incoming.popleft()
                     key = event.key()
                     lane = lanes.get(key) if key is not None and work.takes_all else None
-                    if lane is None:
+                    if lane is None or lane.queue:
                         lane = self._lanes.arrive(event)
                     if lane is not None:
                         lanes[lane.key] = lane
@@ -60,16 +60,22 @@ class BatchRunner:
         attempted = True
         try:
             outcomes = await doors.attempt_batch(events, work.generation_of(events[0].offset() or 0))
-        except asyncio.CancelledError:
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             if work.is_cancelled:
                 raise Stopped from None
-            outcomes, attempted = [None] * len(events), False
-        except Exception:
-            outcomes, attempted = [None] * len(events), False  # one by one, which tells whose it was
+            if work.policy.settles_first:
+                outcomes = [error] * len(events)  # this was the only time
+            else:
+                outcomes, attempted = [None] * len(events), False  # one by one, which tells whose it was
         if work.is_cancelled:
             raise Stopped
         if attempted and crash_point.hook is not None:
             crash_point.reached("after_effect")
+        if work.policy.settles_first:
+            await self._settle_first(batch, outcomes, epoch)
+            return
         bad: dict[Key, list[tuple[Received, BaseException | None]]] = {}
         for (lane, event), outcome in zip(batch, outcomes, strict=True):
             if not attempted or outcome is not None or lane.key in bad:
@@ -86,20 +92,35 @@ class BatchRunner:
                 if following is not None:
                     alone.append((lane, following[1], None))
                 continue
-            (event, error), *rest = bad[lane.key]
+            (event, outcome), *rest = bad[lane.key]
             if lane.queue is None:
                 lane.queue = deque()
             lane.queue.extendleft((later.offset() or 0, later) for later, _ in reversed(rest))
-            alone.append((lane, event, Failure(error, epoch) if error is not None else None))
+            alone.append((lane, event, Failure(outcome, epoch) if outcome is not None else None))
         for _ in range(max(1, min(len(alone), pace.free)) if alone else 0):
             work.spawn(self._run_alone(alone))
+
+    async def _settle_first(
+        self, batch: list[tuple[Lane[Received], Received]], outcomes: list[BaseException | None], epoch: int
+    ) -> None:
+        """At most once: each outcome is final."""
+        for (lane, event), outcome in zip(batch, outcomes, strict=True):
+            if outcome is None:
+                self._work.doors.note("ok", o=event.offset(), n=1)
+            else:
+                self._work.doors.note("fail", o=event.offset(), n=1)
+                await self._lanes.overcome(lane, event, Failure(outcome, epoch))
+            self._work.settled(event)
+        for lane in {lane.key: lane for lane, _ in batch}.values():
+            following = self._lanes.next_of(lane)
+            if following is not None:
+                self._work.take_slot()
+                self._work.spawn(self._lanes.run_lane(lane, following[1]))
 
     async def _run_alone(self, lanes: "deque[tuple[Lane[Received], Received, Failure | None]]") -> None:
         """One key after the other."""
         work = self._work
-        while lanes and not work.is_stopping:
+        while lanes and (not work.is_stopping or work.policy.settles_first):
             lane, event, failure = lanes.popleft()
-            if failure is None and work.pace.breaker.is_open:
-                await work.wait_for_turn()
             work.take_slot()
             await self._lanes.run_lane(lane, event, failure)

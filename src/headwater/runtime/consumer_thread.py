@@ -45,6 +45,8 @@ FULL_EVENTS = 1000  # per partition
 FULL_BYTES = 16 * 1024 * 1024
 PAUSE_AFTER_SECONDS = 1.0
 REVOKE_SECONDS = 10.0
+REPLAY_TRIES = 5  # to commit a replay before it begins
+REPLAY_PAUSE_SECONDS = 0.2
 LAST_COMMIT_SECONDS = 5.0  # for the commit of a revoke or a stop; what it misses is handled again
 
 Position = tuple[int, str]
@@ -176,7 +178,7 @@ class ConsumerThread:
         except OutOfRange as gap:
             if not self._watcher.gap(gap.partition, str(gap)):
                 raise
-            self._consumer.seek(gap.topic, gap.partition, self._consumer.earliest(gap.topic, gap.partition))
+            self._skip(gap.partition)
             return
         if messages and (not self._commits_first or self._commit_first(messages)):
             self._hand_over(messages)
@@ -247,6 +249,15 @@ class ConsumerThread:
         self._call(owner.start)
         self._watcher.assigned(owner)
 
+    def _skip(self, partition: int) -> None:
+        """Retention has passed the frontier: a new owner begins at what is left."""
+        gone = self._take_away(self._places([partition]))
+        self._stop_owners(gone)
+        self._wait_stopped(gone, time.monotonic() + REVOKE_SECONDS, time.sleep)
+        begun = self._consumer.begin_at_earliest(self._topic, partition, lambda: self._stop_seconds is not None)
+        if begun is not None:
+            self._own(begun)
+
     def _begin_again(self) -> None:
         self._reset_asked = False
         partitions = self._places(list(self._owners))
@@ -272,7 +283,14 @@ class ConsumerThread:
         replay = Replay(time.time_ns() // 1_000_000, begun.committed, end, end, outside_effects=True)
         progress = Progress(replay=replay)
         position = TopicPartition(self._topic, begun.partition, begun.committed, encode_metadata(progress))
-        self._consumer.commit_now([position])
+        for _ in range(REPLAY_TRIES):
+            if self._consumer.commit_now([position]):
+                break
+            time.sleep(REPLAY_PAUSE_SECONDS)
+        else:
+            logger.warning(
+                "replay_not_committed topic=%s partition=%d effect=a crash begins another", self._topic, begun.partition
+            )
         logger.info(
             "replay_begins topic=%s partition=%d from=%d until=%d", self._topic, begun.partition, begun.committed, end
         )

@@ -22,6 +22,7 @@ class DaemonExecutor(Executor):
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._idle = 0
+        """Threads without work, less the work that no thread has taken yet."""
         self._lock = threading.Lock()
 
     def submit(self, function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> "Future[T]":
@@ -36,7 +37,8 @@ class DaemonExecutor(Executor):
 
         self._work.put(run)
         with self._lock:
-            if self._work.qsize() > self._idle and len(self._threads) < self._most:
+            self._idle -= 1  # one of them will take it
+            if self._idle < 0 and len(self._threads) < self._most:
                 thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -46,7 +48,4 @@ class DaemonExecutor(Executor):
         while True:
             with self._lock:
                 self._idle += 1
-            work = self._work.get()
-            with self._lock:
-                self._idle -= 1
-            work()
+            self._work.get()()

@@ -62,7 +62,8 @@ class Calls:
         self._executor = executor
         self._topic_id = topic_id
         self._decode = handler.decoder.decode
-        self._begin = effects.begin
+        self.begin = effects.begin
+        self._is_transactional = handler.delivery is Delivery.EXACTLY_ONCE
         self._has_inbox = handler.delivery is Delivery.EFFECTIVELY_ONCE
         self._is_plain = handler.uow_parameter is None and handler.envelope_parameter is None and not handler.batch
 
@@ -86,7 +87,7 @@ class Calls:
 
     async def attempt(self, event: Received, attempted: Attempted | None, generation: int) -> None:
         handler = self._handler
-        self._begin()
+        self.begin()
         if not handler.is_async:
             context = copy_context()
             run = asyncio.get_running_loop().run_in_executor
@@ -133,8 +134,7 @@ class Calls:
     # Sync handlers
 
     def attempt_sync(self, event: Received, generation: int) -> None:
-        """In a thread."""
-        self._begin()
+        """In a thread, in which `begin` was called."""
         self._call_sync(event, generation, None)
 
     def _call_sync(self, event: Received, generation: int, attempted: Attempted | None) -> None:
@@ -170,8 +170,10 @@ class Calls:
     # Batch handlers
 
     async def attempt_batch(self, events: Sequence[Received], generation: int) -> list[BaseException | None]:
-        """An outcome per event; those that can't be decoded never reach the handler. Raises what the handler raises."""
-        self._begin()
+        """An outcome per event; those that can't be decoded never reach the handler. Raises what the handler raises. Under
+        exactly_once it raises the first bad outcome as well: what was published for an event that is handled once more
+        could not be taken back."""
+        self.begin()
         outcomes: list[BaseException | None] = [None] * len(events)
         envelopes: list[Envelope] = []
         places: list[int] = []
@@ -182,6 +184,8 @@ class Calls:
             except Unknown:
                 pass
             except Undecodable as error:
+                if self._is_transactional:
+                    raise
                 outcomes[i] = error
         if envelopes:
             if self._handler.is_async:
@@ -222,7 +226,7 @@ class Calls:
         handler = self._handler
         if handler.uow_parameter is None:
             result = handler.function([envelope.data for envelope in envelopes])
-            checked = checked_outcomes(result, len(envelopes))
+            checked = self._checked(result, len(envelopes))
             self._effects.publish_all_sync(_events_of(checked))
             return [each if isinstance(each, BaseException) else None for each in checked]
         uow = self._effects.sync_unit_of_work()
@@ -246,9 +250,16 @@ class Calls:
         return [each for each in envelopes if self._claim(session, each.event_id, generation, attempted)]
 
     async def _outcomes(self, result: object, count: int) -> list[BaseException | None]:
-        checked = checked_outcomes(result, count)
+        checked = self._checked(result, count)
         await self._effects.publish_all(_events_of(checked))
         return [each if isinstance(each, BaseException) else None for each in checked]
+
+    def _checked(self, result: object, count: int) -> Sequence[object]:
+        checked = checked_outcomes(result, count)
+        bad = next((each for each in checked if isinstance(each, BaseException)), None)
+        if bad is not None and self._is_transactional:
+            raise bad
+        return checked
 
     def _outcomes_in(self, uow: UnitOfWork, result: object, count: int) -> None:
         """One bad event rolls the transaction back; then they are handled one by one. Raises its error."""

@@ -44,27 +44,40 @@ class LaneRunner:
                 self._parking.begin(lane)
         return following
 
-    async def run_lane(self, lane: Lane[Received], event: Received, failure: Failure | None = None) -> None:
+    async def run_lane(
+        self, lane: Lane[Received], event: Received, failure: Failure | None = None, *, is_probe: bool = False
+    ) -> None:
         """Events of one key until it is free, or parks; takes over a slot, and gives it back. failure: of an attempt
-        which was made already."""
+        which was made already. While the breaker is open each event waits for its turn, but the one that is the probe."""
         work = self._work
         try:
-            following: tuple[int, Received] | None = (event.offset() or 0, event)
-            while following is not None:
-                _, event = following
+            while True:
                 if failure is None:
                     if work.is_stopping and not work.policy.settles_first:
                         raise Stopped
+                    if work.pace.breaker.is_open and not is_probe and not work.is_stopping:
+                        await self._wait_for_turn()
                     failure = await work.attempt(lane.key, event, None)
-                if failure is not None and not await self._overcome(lane, event, failure):
+                if failure is not None and not await self.overcome(lane, event, failure):
                     return
-                failure = None
                 work.settled(event)
                 following = self.next_of(lane)
+                if following is None:
+                    return
+                event, failure, is_probe = following[1], None, False
         finally:
             work.release_slot()
 
-    async def _overcome(self, lane: Lane[Received], event: Received, failure: Failure) -> bool:
+    async def _wait_for_turn(self) -> None:
+        """What waits for an outage to end takes no slot from a probe. Raises Stopped."""
+        work = self._work
+        work.release_slot()
+        try:
+            await work.wait_for_turn()
+        finally:
+            work.take_slot()
+
+    async def overcome(self, lane: Lane[Received], event: Received, failure: Failure) -> bool:
         """Try again in place, or park, or give up. True when the event is settled and the lane may go on; False when the
         lane parks. Raises Stopped."""
         work = self._work
@@ -100,19 +113,17 @@ class LaneRunner:
                 if not pace.breaker.is_open:
                     break
             if pace.breaker.is_open:
-                work.release_slot()  # what waits for the outage to end takes no slot from a probe
-                try:
-                    await work.wait_for_turn()
-                finally:
-                    work.take_slot()
+                await self._wait_for_turn()
             tries += 1
             again = await work.attempt(lane.key, event, None)
             if again is None:
                 work.stuck.pop(lane.key, None)
                 return True
             failure = again
+        if policy.retry is None:
+            return True  # at most once, and nowhere to put it: it was logged
         attempted = Attempted(1, 0, first_failed_ms, kind, said_by(error), generation=work.generation_of(offset))
-        if kind is Kind.POISON or policy.settles_first or policy.retry is None or policy.retry.attempts <= 1:
+        if kind is Kind.POISON or policy.settles_first or policy.retry.attempts <= 1:
             dead_offset = await work.send_dead(event, attempted)
             if policy.giving_up is GivingUp.SKIP or dead_offset is None or policy.settles_first:
                 return True
@@ -129,4 +140,8 @@ class LaneRunner:
         since = before.since_ms if before is not None else work.doors.now_ms()
         work.stuck[key] = Waiting(f"an event failed {tries + 1} times: {said_by(error)}", since)
         work.look_later()
-        await work.pause(min(FIRST_TROUBLE_SECONDS * 2 ** min(tries, 20), LONGEST_TROUBLE_SECONDS))
+        work.release_slot()  # what waits takes none from others
+        try:
+            await work.pause(min(FIRST_TROUBLE_SECONDS * 2 ** min(tries, 20), LONGEST_TROUBLE_SECONDS))
+        finally:
+            work.take_slot()

@@ -119,7 +119,7 @@ class Owner:
         """Whether something is to be done without a new event."""
         if not self.work.is_loaded or self.work.is_stopping:
             return False
-        return bool(self._requests) or self._parking.has_due
+        return self._requests.has_due or self._parking.has_due
 
     # Life
 
@@ -165,8 +165,8 @@ class Owner:
 
     def go_on(self) -> None:
         """Something changed that it may have waited for."""
-        self._requests.obey()
         self._parking.bury_strangers()
+        self._requests.obey()
         self._parking.wake()
         self._pump()
         self.work.look_later()
@@ -194,7 +194,7 @@ class Owner:
             lane = self._lanes.arrive(event)
             if lane is not None:
                 work.take_slot()
-                work.spawn(self._lanes.run_lane(lane, event))
+                work.spawn(self._lanes.run_lane(lane, event, is_probe=True))
                 return True
         return self._parking.try_one()
 

@@ -62,6 +62,7 @@ class Pace:
             self._timer = None
         elif self._workers:
             self.probe_again()  # the probe may have gone with it
+            self.count_parked()  # and the parked keys with it
 
     def start_anew(self) -> None:
         """All workers are gone, and what they had at work with them; whoever aborts knows when the outage is over."""

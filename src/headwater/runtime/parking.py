@@ -8,7 +8,7 @@ import asyncio
 import heapq
 import logging
 
-from headwater.runtime.assignment import Failure, ReadBack, Received, Stopped, key_of
+from headwater.runtime.assignment import Failure, ReadBack, Received, key_of
 from headwater.runtime.frontier import Waiting
 from headwater.runtime.lane import NO_OFFSET, Attempted, Key, Lane
 from headwater.runtime.pace import Worker
@@ -34,6 +34,8 @@ class Parking:
         self._strangers: dict[int, ParkedRecord] = {}
         """Parked from a topic of the same name that is no more."""
         self._is_burying = False
+        self._unreadable: dict[Key, float] = {}
+        """Keys whose first parked event could not be read back, with the pause before the next try."""
 
     # The takeover
 
@@ -54,11 +56,13 @@ class Parking:
             if lane.parked:
                 self.schedule(lane)
                 found.extend(lane.parked)
+        self._work.has_strangers = bool(self._strangers)
         self._work.pace.count_parked()
         return found
 
     def bury_strangers(self) -> None:
-        """What was parked when the topic had another id can't be told apart from this topic's events: it is set aside."""
+        """What was parked when the topic had another id can't be told apart from this topic's events: it is set aside,
+        before anything else is begun. Records are kept by their offsets: a later done record could be another event's."""
         work = self._work
         if self._strangers and not self._is_burying and work.is_loaded and not work.pace.is_shut:
             self._is_burying = True
@@ -67,17 +71,21 @@ class Parking:
     async def _bury_strangers(self) -> None:
         work = self._work
         now = work.doors.now_ms()
-        while self._strangers and not work.is_stopping and not work.pace.is_shut:
-            offset, record = next(iter(self._strangers.items()))
-            before = record.attempted or Attempted(0, now, now, Kind.POISON, "")
-            reason = "the topic was deleted and made again while this was parked"
-            attempted = before._replace(kind=Kind.POISON, error=reason, held=NO_OFFSET)
-            await work.send_dead(ReadBack(record), attempted)
-            key = key_of(ReadBack(record))
-            if not work.lanes.holds(key, offset):
-                await work.send_done(offset, key)
-            del self._strangers[offset]
-        self._is_burying = False
+        try:
+            while self._strangers and not work.is_stopping and not work.pace.is_shut:
+                offset, record = next(iter(self._strangers.items()))
+                before = record.attempted or Attempted(0, now, now, Kind.POISON, "")
+                reason = "the topic was deleted and made again while this was parked"
+                attempted = before._replace(kind=Kind.POISON, error=reason, held=NO_OFFSET)
+                await work.send_dead(ReadBack(record), attempted)
+                if not any(lane.parked and offset in lane.parked for lane in work.lanes.by_key.values()):
+                    await work.send_done(offset, key_of(ReadBack(record)))
+                del self._strangers[offset]
+        finally:
+            self._is_burying = False
+        work.has_strangers = bool(self._strangers)
+        if not work.has_strangers:
+            self._worker.go_on()
 
     # Parking
 
@@ -146,6 +154,7 @@ class Parking:
             self.schedule(lane)
         else:
             self._work.lanes.end_retry(lane)
+        self._work.pace.count_parked()
 
     # Trying again
 
@@ -155,12 +164,19 @@ class Parking:
         attempt = lane.parked.attempt
         if attempt is not None and attempt.held != NO_OFFSET:
             return
+        due = attempt.due_ms if attempt is not None else 0
+        if lane.key in self._unreadable:
+            due = max(due, self._work.doors.now_ms() + round(self._unreadable[lane.key] * 1000))
         self._due_count += 1
-        heapq.heappush(self._due, (attempt.due_ms if attempt is not None else 0, self._due_count, lane.key))
+        heapq.heappush(self._due, (due, self._due_count, lane.key))
         self._set_timer()
 
     @property
     def has_due(self) -> bool:
+        return bool(self._strangers) or self._is_one_due
+
+    @property
+    def _is_one_due(self) -> bool:
         return bool(self._due) and self._due[0][0] <= self._work.doors.now_ms()
 
     def try_one(self) -> bool:
@@ -208,13 +224,14 @@ class Parking:
             return
         while work.pace.free > 0 and self.try_one():
             pass
-        if self.has_due:
+        if self._is_one_due:
             work.pace.wants_slot(self._worker)
         else:
             self._set_timer()
 
     async def _retry(self, lane: Lane[Received]) -> None:
-        """The parked events of a key, as long as they succeed; takes over a slot, and gives it back."""
+        """The parked events of a key, as long as they succeed; takes over a slot, and gives it back. While the breaker is
+        open one event is the probe."""
         work = self._work
         lanes = work.lanes
         try:
@@ -236,6 +253,8 @@ class Parking:
                 lanes.is_done(lane, offset)
                 work.pace.count_parked()
                 work.look_later()
+                if work.pace.breaker.is_open:
+                    break
         finally:
             work.release_slot()
             lane.is_retrying = False  # in any case: a later owner finds the truth in the retry topic
@@ -259,10 +278,12 @@ class Parking:
         kind = policy.kinds.of(error)
         said = said_by(error)
         now = work.doors.now_ms()
-        if kind is Kind.UNAVAILABLE:
+        if policy.settles_first:  # its done record is written: this was the only time
+            pace.probe_again()
+        elif kind is Kind.UNAVAILABLE:
             pace.unavailable(epoch, said)
             return False
-        if kind is not Kind.POISON:
+        elif kind is not Kind.POISON:
             pace.failed_again(epoch)
             outage = pace.breaker.outage
             if outage is not None and outage.is_unavailable:
@@ -278,7 +299,7 @@ class Parking:
         )  # fmt: skip
         if kind is Kind.POISON or after.attempts >= policy.retry.attempts or policy.settles_first:
             dead_offset = await work.send_dead(event, after)
-            if policy.giving_up is GivingUp.SKIP or dead_offset is None:
+            if policy.giving_up is GivingUp.SKIP or dead_offset is None or policy.settles_first:
                 return True
             after = after._replace(held=dead_offset)
         else:
@@ -293,34 +314,28 @@ class Parking:
         return work.doors.now_ms() + round(work.policy.retry.pause_seconds(attempts, work.chance) * 1000)
 
     async def _read_back(self, key: Key, offset: int, place: int) -> Received | None:
-        """From the cache, or from the retry topic, with some that come next."""
+        """From the cache, or from the retry topic, with some that come next. None when it can't be read now: its key
+        stands, the group says so, and it is tried again later."""
         work = self._work
         event = self._cache.get(offset)
+        reason = f"there is no parked record at {place} of the retry topic"
+        try:
+            for record in await work.doors.read_back(place) if event is None else ():
+                if record.source.offset == offset and record.place == place:
+                    event = ReadBack(record)
+                elif work.lanes.holds(key_of(ReadBack(record)), record.source.offset):
+                    self._keep(record.source.offset, ReadBack(record))
+        except Exception as error:
+            reason = said_by(error)
         if event is not None:
+            self._unreadable.pop(key, None)
+            work.stuck.pop(key, None)
             return event
-        pause = FIRST_TROUBLE_SECONDS
-        while True:
-            try:
-                for record in await work.doors.read_back(place):
-                    if record.source.offset == offset and record.place == place:
-                        event = ReadBack(record)
-                    elif work.lanes.holds(key_of(ReadBack(record)), record.source.offset):
-                        self._keep(record.source.offset, ReadBack(record))
-                if event is not None:
-                    work.stuck.pop(key, None)
-                    return event
-                reason = f"there is no parked record at {place} of the retry topic"
-            except Exception as error:
-                reason = said_by(error)
-            logger.error("read_back_failed handler=%s partition=%d offset=%d reason=%s",
-                         work.policy.name, work.partition, offset, reason)  # fmt: skip
-            if key not in work.stuck:
-                work.stuck[key] = Waiting(
-                    f"the parked event {offset} can't be read back: {reason}", work.doors.now_ms()
-                )
-                work.look_later()
-            try:
-                await work.pause(pause)
-            except Stopped:
-                return None
-            pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
+        logger.error("read_back_failed handler=%s partition=%d offset=%d reason=%s",
+                     work.policy.name, work.partition, offset, reason)  # fmt: skip
+        self._unreadable[key] = min(self._unreadable.get(key, FIRST_TROUBLE_SECONDS / 2) * 2, LONGEST_TROUBLE_SECONDS)
+        if key not in work.stuck:
+            work.stuck[key] = Waiting(f"the parked event {offset} can't be read back: {reason}", work.doors.now_ms())
+            work.look_later()
+        work.pace.probe_again()
+        return None

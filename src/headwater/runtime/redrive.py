@@ -3,6 +3,7 @@
 Requests stand in the retry topic, so they reach the group that gave up, whoever owns the partition; each is obeyed once.
 """
 
+import asyncio
 import logging
 from collections import deque
 
@@ -24,10 +25,12 @@ class Requests:
         self._parking = parking
         self._waiting: deque[Request] = deque()
         self._is_obeying = False
+        self._not_before_ms = 0
 
-    def __bool__(self) -> bool:
-        """Whether there are some."""
-        return bool(self._waiting)
+    @property
+    def has_due(self) -> bool:
+        """Whether some can be looked at now."""
+        return bool(self._waiting) and self._work.doors.now_ms() >= self._not_before_ms
 
     def read(self, record: Request | TakenBack | Resolved) -> None:
         """What the retry topic has, in order."""
@@ -40,25 +43,33 @@ class Requests:
     def obey(self) -> None:
         """See that somebody works on them."""
         work = self._work
-        is_free = not self._is_obeying and work.is_loaded and not work.is_stopping and not work.pace.is_shut
-        if self._waiting and is_free:
+        is_free = not self._is_obeying and work.is_loaded and not work.has_strangers
+        if self.has_due and is_free and not work.is_stopping and not work.pace.is_shut:
             self._is_obeying = True
             work.spawn(self._obey())
 
     async def _obey(self) -> None:
-        """One request after the other."""
+        """One request after the other, each once; those that can't be obeyed now are looked at again a little later."""
         work = self._work
+        has_progress = True
         try:
-            while self._waiting and not work.is_stopping and not work.pace.is_shut:
-                request = self._waiting.popleft()
-                is_done = await self._obey_one(request)
-                if is_done is None:
-                    self._waiting.append(request)
-                    await work.pause(REQUEST_SECONDS)
-                    continue
-                await work.insist("the answer to a request", lambda r=request, d=is_done: work.doors.answer(r, d))  # type: ignore[misc]
+            while self._waiting and has_progress:
+                has_progress = False
+                for _ in range(len(self._waiting)):
+                    if not self._waiting or work.is_stopping or work.pace.is_shut:
+                        return
+                    request = self._waiting.popleft()
+                    is_done = await self._obey_one(request)
+                    if is_done is None:
+                        self._waiting.append(request)
+                        continue
+                    has_progress = True
+                    await work.insist("the answer to a request", lambda r=request, d=is_done: work.doors.answer(r, d))  # type: ignore[misc]
         finally:
             self._is_obeying = False
+        if self._waiting:
+            self._not_before_ms = work.doors.now_ms() + round(REQUEST_SECONDS * 1000)
+            asyncio.get_running_loop().call_later(REQUEST_SECONDS, self.obey)
 
     async def _obey_one(self, request: Request) -> bool | None:
         """Whether it could be obeyed; None when that can't be said now: the event is at work, or can't be read."""

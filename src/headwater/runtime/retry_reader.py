@@ -75,9 +75,6 @@ class RetryReader:
     def stop(self) -> None:
         self._stopping.set()
 
-    def join(self, seconds: float) -> None:
-        self._thread.join(seconds)
-
     def add(self, owner: Owner) -> None:
         """Load its retry partition, then follow it."""
         self._changes.put((owner, True))
@@ -168,10 +165,10 @@ class RetryReader:
             messages, ended = self._reader.take(TAKE, TAKE_SECONDS)
         except ConsumerFailed as error:
             logger.warning("retry_topic_unreadable topic=%s error=%s", self._retry_topic, error)
-            if isinstance(error, Gone):  # the topic was deleted and made again: what is asked of it now is at its start
-                self._late = dict(self._owners)
-                for partition in self._late:
-                    self._leave(partition)
+            if isinstance(error, Gone) and error.partition in self._owners:
+                # The topic was deleted and made again: what is asked of it now is at its start.
+                self._late[error.partition] = self._owners[error.partition]
+                self._leave(error.partition)
             self._stopping.wait(TROUBLE_SECONDS)
             return
         found: dict[int, list[Message]] = {}

@@ -42,10 +42,12 @@ class Strand:
         self.settled = 0
         self.error: BaseException | None = None
 
-    def run(self, attempt: Callable[[Received, int], None]) -> None:
-        """In a thread."""
+    def run(self, begin: Callable[[], None], attempt: Callable[[Received, int], None]) -> None:
+        """In a thread. `begin` comes before the look at whether it may go on: what it takes for the attempt's transaction
+        can't be a later one then."""
         runner = self.runner
         for offset, event in self.events:
+            begin()
             if runner.is_cut_off or runner.work.pace.breaker.epoch != self.epoch:
                 return
             note = runner.work.doors.note
@@ -95,7 +97,7 @@ class StrandRunner:
             event = work.incoming.popleft()
             key = event.key()
             strand = fresh.get(key) if key is not None and work.takes_all else None
-            if strand is not None and len(strand.events) < STRAND_EVENTS:
+            if strand is not None and not strand.lane.queue and len(strand.events) < STRAND_EVENTS:
                 strand.events.append((event.offset() or 0, event))
                 continue
             lane = self._lanes.arrive(event)
@@ -129,25 +131,29 @@ class StrandRunner:
             if lane.queue is None:
                 lane.queue = deque()
             lane.queue.extendleft(reversed(rest[1:]))
+        may_begin = not work.is_stopping or work.policy.settles_first
         if strand.error is not None:
             work.take_slot()
             work.spawn(self._lanes.run_lane(lane, rest[0][1], Failure(strand.error, strand.epoch)))
-        elif rest and not work.is_stopping:
-            work.spawn(self._resume(lane, rest[0][1]))  # the breaker opened meanwhile
+        elif rest and may_begin:
+            self._go_on_alone(lane, rest[0][1])
         elif rest:
             pass  # stopping: they stay unsettled
-        elif lane.queue and not lane.parked and not work.is_stopping:
-            events = [lane.queue.popleft() for _ in range(min(len(lane.queue), STRAND_EVENTS))]
-            self._begin(Strand(self, lane, events, work.pace.breaker.epoch))
+        elif lane.queue and not lane.parked and may_begin:
+            if work.pace.breaker.is_open:
+                self._go_on_alone(lane, lane.queue.popleft()[1])
+            else:
+                events = [lane.queue.popleft() for _ in range(min(len(lane.queue), STRAND_EVENTS))]
+                self._begin(Strand(self, lane, events, work.pace.breaker.epoch))
         else:
             self._lanes.next_of(lane)
         if work.is_stopping:
             self._over()
 
-    async def _resume(self, lane: Lane[Received], event: Received) -> None:
-        await self.work.wait_for_turn()
+    def _go_on_alone(self, lane: Lane[Received], event: Received) -> None:
+        """One by one: the breaker is open, or was meanwhile."""
         self.work.take_slot()
-        await self._lanes.run_lane(lane, event)
+        self.work.spawn(self._lanes.run_lane(lane, event))
 
     @property
     def is_cut_off(self) -> bool:
@@ -158,11 +164,13 @@ class StrandRunner:
 class StrandPool:
     def __init__(
         self,
+        begin: Callable[[], None],
         attempt: Callable[[Received, int], None],
         executor: DaemonExecutor,
         threads: int,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._begin = begin
         self._attempt = attempt
         self._executor = executor
         self._threads = threads
@@ -202,7 +210,7 @@ class StrandPool:
             except IndexError:
                 self._tell(None)
                 return
-            strand.run(self._attempt)
+            strand.run(self._begin, self._attempt)
             self._tell(strand)
 
     def _tell(self, strand: Strand | None) -> None:

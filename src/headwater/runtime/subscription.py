@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from headwater.kafka.admin import AdminError
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import Begun, KafkaConsumer, Message
 from headwater.kafka.producer import LoopProducer, TransactionalProducer
 from headwater.runtime.alert import Alerts
@@ -86,12 +86,13 @@ class Subscription:
                 loop,
                 self.committed,
                 lambda: self._thread.reset(),
+                around.failed,
             )
             effects = TransactionEffects(self._transactions, around.encode)  # type: ignore[assignment]
         self._calls = Calls(handler, effects, executor, topic_id)
         self._strands = None
         if not handler.is_async and not handler.batch:
-            self._strands = StrandPool(self._calls.attempt_sync, executor, options.threads, loop)
+            self._strands = StrandPool(self._calls.begin, self._calls.attempt_sync, executor, options.threads, loop)
         self._owner_name = f"{socket.gethostname()}:{os.getpid()}"
         self._reader = RetryReader(
             around.settings,
@@ -173,7 +174,8 @@ class Subscription:
     def taken_away(self, owner: Owner) -> None:
         if self._owners.get(owner.partition) is owner:
             del self._owners[owner.partition]
-        self._reader.remove(owner)
+        if self._policy.retry is not None:
+            self._reader.remove(owner)
         if self._transactions is not None:
             self._on_loop(self._transactions.leave, owner)
 
@@ -186,6 +188,7 @@ class Subscription:
 
     def about_to_go(self, seconds: float) -> None:
         if self._transactions is not None:
+            self._on_loop(self._transactions.hold)
             with contextlib.suppress(TimeoutError, RuntimeError):
                 drained = asyncio.run_coroutine_threadsafe(self._transactions.drain(seconds), self._loop)
                 drained.result(seconds + 1.0)
@@ -203,10 +206,18 @@ class Subscription:
             self._around.history.write("commit", self._handler.group, partition, token, o=offset)
 
     def gap(self, partition: int, message: str) -> bool:
-        if self._handler.options.on_gap != "skip":
+        if self._handler.options.on_gap != "skip" or self._is_another_topic():
             return False
         self._around.alerts.happened("gap", self._handler.group, self._handler.topic.name, message.split("\n")[0])
         return True
+
+    def _is_another_topic(self) -> bool:
+        """Whether the topic was deleted and made again, which is no gap: an application that starts anew knows it."""
+        try:
+            (found,) = KafkaAdmin(self._around.settings).describe_topics([self._handler.topic.name])
+        except (AdminError, ValueError):
+            return True
+        return found.topic_id != self._topic_id
 
     # Alerts
 

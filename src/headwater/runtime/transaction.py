@@ -108,9 +108,11 @@ class Transactions:
         loop: asyncio.AbstractEventLoop,
         committed: Callable[[int, int, int], None],
         reset: Callable[[], None],
+        failed: Callable[[Exception], None],
     ) -> None:
         """committed: told of partition, token and offset. reset: throws the owners away, and begins at the committed
-        offsets."""
+        offsets. failed: told when it can't go on at all."""
+        self._failed = failed
         self._new_producer = new_producer
         self._group_metadata = group_metadata
         self._topic = topic
@@ -143,6 +145,12 @@ class Transactions:
 
     def start(self) -> None:
         self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception):
+            self._failed(error)  # a group that stands still in silence would be worse than an end
 
     async def close(self) -> None:
         self._is_closing = True
@@ -225,10 +233,11 @@ class Transactions:
                 logger.warning(
                     "transaction_aborted topic=%s next_try_seconds=%.1f reason=%s", self._topic, pause, error
                 )
-                places = self._places_that_wait(str(error)) if self._is_out and not self._is_told else []
+                must_tell = self._is_out and not self._is_told and not self._is_closing
+                places, group = self._places_that_wait(str(error)) if must_tell else [], self._group_metadata()
                 await self._abort()
                 if places:
-                    await self._tell(places)
+                    await self._tell(places, group)
                 if not self._is_closing:
                     self._reset()
                 self._is_busy = False
@@ -346,20 +355,30 @@ class Transactions:
                 places.append(TopicPartition(self._topic, owner.partition, offset, text))
         return places
 
-    async def _tell(self, places: list[TopicPartition]) -> None:
-        """In a transaction that has nothing else: what was aborted took its commit with it."""
+    async def _tell(self, places: list[TopicPartition], group: object) -> None:
+        """In a transaction that has nothing else: what was aborted took its commit with it. group: the generation that
+        the places belong to; a later one may have gone on from there. Tried once."""
+        self._is_told = True
+        producer: TransactionalProducer | None = None
         try:
             producer = await self._in_thread(self._new_producer)
             await self._in_thread(producer.begin)
-            await self._in_thread(lambda: producer.commit(places, self._group_metadata(), COMMIT_SECONDS))
-            await self._in_thread(functools.partial(producer.close, 1.0))
-            self._is_told = True
-        except (Aborted, NotPublished) as error:
+            await self._in_thread(functools.partial(producer.commit, places, group, COMMIT_SECONDS))
+        except Exception as error:
             logger.warning("outage_not_committed topic=%s reason=%s", self._topic, error)
+            if producer is not None:
+                with contextlib.suppress(Exception):
+                    await self._in_thread(producer.abort)
+        finally:
+            if producer is not None:
+                await self._in_thread(functools.partial(producer.close, 1.0))
+
+    def hold(self) -> None:
+        """Begin no transaction until `go_on`: partitions are about to go."""
+        self._is_held = True
 
     async def drain(self, seconds: float) -> None:
-        """Let the transaction under way come to its end, and begin no other until `go_on`: partitions are about to go."""
-        self._is_held = True
+        """Let the transaction under way come to its end."""
         deadline = self._loop.time() + seconds
         while self._is_busy and self._loop.time() < deadline:
             await asyncio.sleep(0.001)
@@ -377,5 +396,5 @@ class Transactions:
 
 
 def unique_id(group: str) -> str:
-    """A transactional id of its own for each process: what fences is the group's generation."""
+    """A transactional id of its own for each producer: what fences is the group's generation."""
     return f"headwater-{group}-{time.time_ns():x}"

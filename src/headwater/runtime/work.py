@@ -79,8 +79,10 @@ class Work:
         self.done_bytes = 0
         self.settle_running: Callable[[], bool] = lambda: False
         """Settle what threads have handled meanwhile; whether they are at work."""
-        self.blocked: Waiting | None = None
-        """A record can't be written: nothing more is taken."""
+        self._blocked: dict[object, Waiting] = {}
+        """Records that can't be written, one entry for each that is being tried: nothing more is taken."""
+        self.has_strangers = False
+        """Parked records of a topic of the same name that is no more: nothing is begun before they are set aside."""
         self.stuck: dict[Key, Waiting] = {}
         """Keys that stand while the others go on: without a retry topic, those whose event is tried in place until it
         works; with one, those whose parked event can't be read."""
@@ -123,8 +125,8 @@ class Work:
         error = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, Stopped):
             logger.error("owner_failed handler=%s partition=%d", self.policy.name, self.partition, exc_info=error)
-            if isinstance(error, Exception):
-                self._failed(error)  # a partition that stands still in silence would be worse than an end
+            # A partition that stands still in silence would be worse than an end.
+            self._failed(error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}"))
         if self.is_stopping:
             self._over()
 
@@ -162,7 +164,7 @@ class Work:
         if replay is not None and offset >= replay.until:
             replay = self.replay = None
         outage = self.pace.breaker.outage
-        waiting = self.blocked or next(iter(self.stuck.values()), None)
+        waiting = next(iter([*self._blocked.values(), *self.stuck.values()]), None)
         if outage is not None:
             waiting = Waiting(outage.reason, outage.since_ms)
         progress = Progress(self.frontier.done_beyond(), waiting, self.lanes.parked_keys, replay)
@@ -209,7 +211,8 @@ class Work:
     def may_begin(self) -> bool:
         """Whether anything may be begun but a probe."""
         pace = self.pace
-        return self.is_loaded and self.blocked is None and not pace.breaker.is_open and not pace.is_shut
+        is_ready = self.is_loaded and not self.has_strangers and not self._blocked
+        return is_ready and not pace.breaker.is_open and not pace.is_shut
 
     def can_take(self) -> bool:
         """Whether an event may be begun that is not parked."""
@@ -240,9 +243,9 @@ class Work:
             if epoch:
                 pace.probe_again()
             return None
-        except Exception as error:
-            failure = Failure(error, epoch)
-        except asyncio.CancelledError as error:  # the handler's own is a failure like any other
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # whatever it is: the handler's own SystemExit or CancelledError as well
             if self.is_cancelled:
                 raise Stopped from None
             failure = Failure(error, epoch)
@@ -264,7 +267,10 @@ class Work:
         return failure
 
     async def pause(self, seconds: float) -> None:
-        """Raises Stopped."""
+        """Raises Stopped. What was settled first is now or never: only being cut off ends its pause."""
+        if self.policy.settles_first:
+            await asyncio.sleep(seconds)
+            return
         if not self.is_stopping:
             waiter = asyncio.get_running_loop().create_future()
             handle = asyncio.get_running_loop().call_later(seconds, _wake, waiter)
@@ -293,22 +299,23 @@ class Work:
     async def insist(self, what: str, send: Callable[[], Awaitable[T]]) -> T:
         """Until it is acknowledged. What can't be written stops its partition, loudly. Raises Stopped."""
         pause = FIRST_TROUBLE_SECONDS
-        while True:
-            try:
-                result = await send()
-                if self.blocked is not None:
-                    self.blocked = None
-                    self._worker.go_on()
-                return result
-            except NotPublished as error:
-                reason = f"{what} can't be written: {error}"
-            logger.error("partition_stopped handler=%s topic=%s partition=%d reason=%s",
-                         self.policy.name, self.assignment.topic, self.partition, reason)  # fmt: skip
-            since = self.blocked.since_ms if self.blocked is not None else self.doors.now_ms()
-            self.blocked = Waiting(reason, since)
-            self.look_later()
-            await self.pause(pause)
-            pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
+        this = object()
+        try:
+            while True:
+                try:
+                    return await send()
+                except NotPublished as error:
+                    reason = f"{what} can't be written: {error}"
+                logger.error("partition_stopped handler=%s topic=%s partition=%d reason=%s",
+                             self.policy.name, self.assignment.topic, self.partition, reason)  # fmt: skip
+                since = self._blocked[this].since_ms if this in self._blocked else self.doors.now_ms()
+                self._blocked[this] = Waiting(reason, since)
+                self.look_later()
+                await self.pause(pause)
+                pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
+        finally:
+            if self._blocked.pop(this, None) is not None and not self._blocked and not self.is_stopping:
+                self._worker.go_on()
 
     async def send_dead(self, event: Received, attempted: Attempted) -> int | None:
         if crash_point.hook is not None:
