@@ -31,7 +31,7 @@ check: install ## style, types, layers and the tests that need no server; under 
 
 test: install ## all tests, on the embedded broker and on Apache Kafka
 	@$(BIN)/python -m tests.kit.install
-	@$(BIN)/python -m pytest -m "not soak"
+	@$(BIN)/python -m pytest -m "not soak" --durations=30 --durations-min=8
 
 soak: install ## what needs minutes; writes docs/evidence
 	@$(BIN)/python -m tests.kit.install

@@ -55,7 +55,7 @@ class Run:
             self._cluster = KafkaCluster(nodes=3 if engine == "kafka3" else 1).start()
             self.servers = self._cluster.bootstrap_servers
             where = ["--bootstrap-servers", self.servers]
-        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), *where]
+        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), "--no-registry", *where]
         for name in APPS[example]:
             command += ["--app", f"examples.{example}.{name}:app"]
         self.supervisor = subprocess.Popen(command, env=self._environment, start_new_session=True)

@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 PREFIX = "HEADWATER_"
 KAFKA_PREFIX = "HEADWATER_KAFKA_"
 KNOWN = ("BOOTSTRAP_SERVERS", "DATABASE_URL", "CREATE_TOPICS", "ALERT_WEBHOOK", "HISTORY")
-# Settings of the tests and tools of the project itself, not of an application.
+# Settings of the tests and tools of the project itself, and of commands, not of an application.
 ELSEWHERE = ("REQUIRE_ALL", "CACHE")
+OF_COMMANDS = ("REGISTRY_URL",)
 DEFAULT_BOOTSTRAP_SERVERS = "127.0.0.1:9092"
 
 
@@ -44,7 +45,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
     for name, value in environment.items():
         if name.startswith(KAFKA_PREFIX):
             kafka[name.removeprefix(KAFKA_PREFIX).lower().replace("_", ".")] = value
-        elif name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ELSEWHERE:
+        elif name.startswith(PREFIX) and name.removeprefix(PREFIX) not in (*ELSEWHERE, *OF_COMMANDS):
             values[name.removeprefix(PREFIX)] = value
     for name in values:
         if name not in KNOWN:

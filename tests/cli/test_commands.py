@@ -13,6 +13,7 @@ import pytest
 from headwater.testing.broker import BrokerProcess
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.registry import RestClient
 
 pytestmark = pytest.mark.server
 
@@ -195,9 +196,22 @@ def watch(event: Happened) -> None:
 """
 
 
-def start_up(folder: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+def start_up(
+    folder: Path, *arguments: str, registry: str = "--no-registry", **environment: str
+) -> "subprocess.Popen[str]":
     (folder / "myapp.py").write_text(APP)
-    command = [sys.executable, "-m", "headwater", "up", "--data", str(folder / "d"), "--port", "0", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "headwater",
+        "up",
+        "--data",
+        str(folder / "d"),
+        "--port",
+        "0",
+        registry,
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder), **environment}, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -213,12 +227,18 @@ def status(folder: Path) -> dict[str, dict[str, object]]:
 
 def test_up_supervises_restarts_stops_and_starts(tmp_path: Path) -> None:
     """One command starts everything; what dies is started again; stop and start by name; SIGTERM ends it with 0."""
-    up = start_up(tmp_path, "--app", "myapp:app")
+    up = start_up(tmp_path, "--app", "myapp:app", registry="--registry-port=0")
     try:
-        wait_until(
-            lambda: all(each["running"] for each in status(tmp_path).values()) and len(status(tmp_path)) == 2, "both"
-        )
+
+        def are_all_up() -> bool:
+            found = status(tmp_path)
+            return all(each["running"] for each in found.values()) and bool(found.get("registry", {}).get("address"))
+
+        wait_until(are_all_up, "all three")
         first = status(tmp_path)
+        assert set(first) == {"broker", "registry", "myapp"}
+        assert RestClient(str(first["registry"]["address"])).register("s", '"int"').body == {"id": 1}
+        os.kill(int(str(first["registry"]["pid"])), signal.SIGKILL)
         os.kill(int(str(first["myapp"]["pid"])), signal.SIGKILL)
         wait_until(
             lambda: status(tmp_path)["myapp"]["running"] and status(tmp_path)["myapp"]["pid"] != first["myapp"]["pid"],
@@ -227,6 +247,10 @@ def test_up_supervises_restarts_stops_and_starts(tmp_path: Path) -> None:
         os.kill(int(str(first["broker"]["pid"])), signal.SIGKILL)
         wait_until(lambda: status(tmp_path)["broker"]["pid"] not in (None, first["broker"]["pid"]), "a new broker")
         assert status(tmp_path)["broker"]["address"] == first["broker"]["address"]
+        wait_until(
+            lambda: status(tmp_path)["registry"]["pid"] not in (None, first["registry"]["pid"]), "a new registry"
+        )
+        assert status(tmp_path)["registry"]["address"] == first["registry"]["address"]
         assert headwater("up", "--data", str(tmp_path / "d"), "stop", "myapp").returncode == 0
         assert not status(tmp_path)["myapp"]["running"]
         assert headwater("up", "--data", str(tmp_path / "d"), "start", "myapp").returncode == 0

@@ -24,7 +24,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def run_up(folder: Path, apps: list[str], expected: list[str]) -> None:
     """`headwater up` with the applications, until their output shows what is expected."""
-    command = [sys.executable, "-m", "headwater", "up", "--data", str(folder / "d"), "--port", "0"]
+    command = [sys.executable, "-m", "headwater", "up", "--data", str(folder / "d"), "--port", "0", "--no-registry"]
     for app in apps:
         command += ["--app", app]
     printed = folder / "out"

@@ -16,7 +16,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tests.kit.clients import wait_until
 from tests.kit.kafka import KafkaCluster, make_archive
 from tests.kit.registry import RegistryProcess, RestClient, body_of
+from typer.testing import CliRunner
 
+from headwater.cli.commands import app as commands
 from headwater.registry.schema import MAX_BYTES
 from headwater.testing.broker import BrokerProcess
 
@@ -113,6 +115,33 @@ def test_an_incompatible_schema_is_refused_with_the_field(registry: RegistryProc
     assert ask("DELETE", f"/config/{unique}").body == {"compatibilityLevel": "BACKWARD_TRANSITIVE"}
     assert ask("GET", f"/config/{unique}").code == 40408
     assert ask("GET", f"/config/{unique}?defaultToGlobal=true").body == {"compatibilityLevel": "BACKWARD"}
+
+
+def test_a_ci_job_fails_on_an_incompatible_change_and_names_the_field(
+    registry: RegistryProcess, unique: str, tmp_path: Path
+) -> None:
+    """S001.18, S004.10: `headwater schemas check` exits with 1 and names the field; 0 for what may follow. (both engines)"""
+    file = tmp_path / "user.avsc"
+
+    def run(*arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(commands, ["schemas", *arguments, "--registry", registry.url])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    file.write_text(json.dumps(user(ID)))
+    assert "is new" in run("check", unique, str(file))
+    run("register", unique, str(file))
+    file.write_text(json.dumps(user(ID, {"name": "mail", "type": "string"})))
+    assert "'mail'" in run("check", unique, str(file), code=1)
+    assert "'mail'" in run("register", unique, str(file), code=1)
+    assert json.loads(run("check", unique, str(file), "--json", code=1))["compatible"] is False
+    file.write_text(json.dumps(user(ID, NOTE)))
+    assert "may follow version 1" in run("check", unique, str(file))
+    assert unique in {row["subject"] for row in json.loads(run("list", "--json"))}
+    assert json.loads(run("show", unique)) == user(ID)
+    file.write_text("{")
+    assert "Invalid schema" in run("check", unique, str(file), code=1)
+    assert "can't be read" in run("check", unique, str(tmp_path / "none.avsc"), code=1)
 
 
 def test_references_hold_what_they_need(registry: RegistryProcess, unique: str) -> None:

@@ -1,4 +1,4 @@
-"""`headwater up`: a broker and applications, supervised; `up stop|start NAME` from another terminal.
+"""`headwater up`: a broker, a schema registry and applications, supervised; `up stop|start NAME` from another terminal.
 
     DIR/broker        the broker's data            DIR/<app>.db    an application's SQLite database
     DIR/up.sock       where stop and start are heard
@@ -9,6 +9,7 @@ the applications stop before the broker, so that each can commit where it is.
 
 import asyncio
 import contextlib
+import importlib.util
 import json as json_library
 import os
 import signal
@@ -21,7 +22,9 @@ import typer
 
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_table
 
-app = typer.Typer(invoke_without_command=True, help="A broker and applications, on one machine, supervised.")
+app = typer.Typer(
+    invoke_without_command=True, help="A broker, a schema registry and applications, on one machine, supervised."
+)
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 10.0
@@ -29,6 +32,7 @@ STEADY_SECONDS = 30.0  # one that ran this long starts again without a pause nex
 STOP_SECONDS = 40.0  # an application has 20 s for its handlers, 10 for its requests, and some for what is under way
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 108
 BROKER = "broker"
+REGISTRY = "registry"
 
 Data = Annotated[Path, typer.Option("--data", help="Directory of the broker, the databases and the control socket.")]
 
@@ -57,8 +61,12 @@ def _die_with_parent() -> None:
 class Supervised:
     """One process that shall run."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], address: str = "") -> None:
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], address: str = "", *, announces: bool = False
+    ) -> None:
+        """announces: it says `ready ADDRESS` when it answers. One that never got so far is not started again by itself."""
         self.name = name
+        self.announces = announces
         self.command = command
         self.environment = environment
         self.address = address
@@ -87,10 +95,11 @@ class Supervised:
                     self.name, state="stopped"
                 )
                 continue
-            if self.name == BROKER and not self.address:
+            if self.announces and not self.address:
                 self.first_code = code
-                self.stopped.set()
-                return
+                self.wanted = False
+                say(self.name, state="did not start", code=code)
+                continue
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             say(self.name, state="ended", code=code, starts_again_in=f"{pause:.0f} s")
@@ -99,25 +108,24 @@ class Supervised:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     async def _run_once(self) -> int:
-        is_broker = self.name == BROKER
         self.process = process = await asyncio.create_subprocess_exec(
             *self.command,
             env={**os.environ, **self.environment},
-            stdout=asyncio.subprocess.PIPE if is_broker else None,
+            stdout=asyncio.subprocess.PIPE if self.announces else None,
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
         if not self.wanted:  # stopped while it was being started
             process.send_signal(signal.SIGTERM)
         ready = True
-        if is_broker:
+        if self.announces:
             assert process.stdout is not None
             line = (await process.stdout.readline()).decode()
             ready = line.startswith("ready ")
             if ready:
                 self.address = line.removeprefix("ready ").strip()
-                # a broker that starts again keeps its address: the applications know no other
-                self.command[self.command.index("--listen") + 1] = self.address
+                # what starts again keeps its address: the others know no other
+                self.command[self.command.index("--listen") + 1] = self.address.removeprefix("http://")
         if ready:
             say(self.name, **({"address": self.address} if self.address else {}), pid=process.pid)
         code = await process.wait()
@@ -169,6 +177,10 @@ def up(
     application: Annotated[
         list[str] | None, typer.Option("--app", metavar="MODULE:APP", help="An application; repeatable.")
     ] = None,
+    registry_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The schema registry's port on 127.0.0.1; 0 takes a free one.")
+    ] = 8081,
+    with_registry: Annotated[bool, typer.Option("--registry/--no-registry", help="Start the schema registry.")] = True,
     json: Json = False,
 ) -> None:
     """Start everything and keep it running until SIGTERM or Ctrl-C."""
@@ -178,11 +190,12 @@ def up(
         return
     with explained("up"):
         data.mkdir(parents=True, exist_ok=True)
-        code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, application or []))
+        port_of_registry = registry_port if with_registry else None
+        code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, port_of_registry, application or []))
     raise typer.Exit(code)
 
 
-async def _supervise(data: Path, port: int, servers: str | None, targets: list[str]) -> int:
+async def _supervise(data: Path, port: int, servers: str | None, registry_port: int | None, targets: list[str]) -> int:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -193,7 +206,7 @@ async def _supervise(data: Path, port: int, servers: str | None, targets: list[s
     try:
         if servers is None:
             command = [sys.executable, "-m", "headwater", "broker", "--data", str(data / BROKER)]
-            broker = Supervised(BROKER, [*command, "--listen", f"127.0.0.1:{port}"], {})
+            broker = Supervised(BROKER, [*command, "--listen", f"127.0.0.1:{port}"], {}, announces=True)
             everyone.append(broker)
             tasks.append(asyncio.create_task(broker.supervise()))
             while not broker.address and not stop.is_set():
@@ -203,6 +216,13 @@ async def _supervise(data: Path, port: int, servers: str | None, targets: list[s
             servers = broker.address
         else:
             say("cluster", address=servers, broker="not started here")
+        if registry_port is not None and importlib.util.find_spec("avro") is None:
+            say(REGISTRY, state="not installed", install="pip install 'headwater[registry]'")
+        elif registry_port is not None:
+            command = [sys.executable, "-m", "headwater", "registry", "--bootstrap-servers", servers]
+            registry = Supervised(REGISTRY, [*command, "--listen", f"127.0.0.1:{registry_port}"], {}, announces=True)
+            everyone.append(registry)
+            tasks.append(asyncio.create_task(registry.supervise()))
         for target in targets:
             everyone.append(_application(target, data, servers, [each.name for each in everyone]))
             tasks.append(asyncio.create_task(everyone[-1].supervise()))
@@ -223,7 +243,7 @@ async def _supervise(data: Path, port: int, servers: str | None, targets: list[s
 
 def _application(target: str, data: Path, servers: str, taken: list[str]) -> Supervised:
     name = target.partition(":")[0].rpartition(".")[2]
-    if name in (*taken, BROKER):
+    if name in (*taken, BROKER, REGISTRY):
         raise UserError(f"two processes would be called {name!r}: name the module of {target} otherwise.")
     environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
     if "HEADWATER_DATABASE_URL" not in os.environ:

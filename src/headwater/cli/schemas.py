@@ -1,0 +1,117 @@
+"""`headwater schemas`: what a registry has, and whether a schema may follow; for people and for CI jobs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
+from headwater.registry.client import Refused, RegistryClient, RegistryUnreachable
+
+app = typer.Typer(no_args_is_help=True, help="Schemas: list, show, check, register.")
+
+DEFAULT_REGISTRY = "http://127.0.0.1:8081"
+TYPES = {".avsc": "AVRO", ".avro": "AVRO", ".json": "JSON", ".proto": "PROTOBUF"}
+UNKNOWN = (40401, 40402)
+
+Registry = Annotated[
+    str, typer.Option("--registry", metavar="URL", envvar="HEADWATER_REGISTRY_URL", help="Address of the registry.")
+]
+Subject = Annotated[str, typer.Argument(help="The subject, as in orders-value.")]
+File = Annotated[Path, typer.Argument(help="The schema: .avsc, .json or .proto.")]
+Type = Annotated[str | None, typer.Option("--type", help="AVRO, JSON or PROTOBUF, if the file's name doesn't say it.")]
+
+
+@app.command("list")
+def list_subjects(registry: Registry = DEFAULT_REGISTRY, json: Json = False) -> None:
+    """All subjects, with their latest version, type and level."""
+    with explained("schemas list"), _told():
+        client = RegistryClient(registry)
+        rows = []
+        for subject in client.subjects():
+            latest = client.version(subject, "latest")
+            kind = latest.get("schemaType", "AVRO")
+            rows.append((subject, latest["version"], latest["id"], kind, client.level(subject)))
+        columns = ("subject", "version", "id", "type", "level")
+        show_rows(columns, rows, json, numbers=("version", "id"), empty="no subjects")
+
+
+@app.command()
+def show(
+    subject: Subject,
+    version: Annotated[str, typer.Option(help="A number, or latest.")] = "latest",
+    registry: Registry = DEFAULT_REGISTRY,
+    json: Json = False,
+) -> None:
+    """A version's schema."""
+    with explained("schemas show"), _told():
+        found = RegistryClient(registry).version(subject, version)
+        show_json(found) if json else print(found["schema"])
+
+
+@app.command()
+def check(
+    subject: Subject, file: File, kind: Type = None, registry: Registry = DEFAULT_REGISTRY, json: Json = False
+) -> None:
+    """Whether the schema may follow what the subject has, by the subject's level. Exit code 1 if not, with what stands
+    against it; for a CI job, before anything is deployed."""
+    with explained("schemas check"), _told():
+        client = RegistryClient(registry)
+        text, name = _read(file), _type_of(file, kind)
+        messages = client.check(subject, text, name)
+        try:
+            level = client.level(subject)
+            versions = client.versions(subject)
+        except Refused as error:
+            if error.code not in UNKNOWN:
+                raise
+            level, versions = client.level(subject), []
+        if json:
+            answer = {"subject": subject, "compatible": not messages, "level": level, "messages": messages}
+            show_json(answer)
+        elif messages:
+            console.print(f"{file} can't follow version {versions[-1]} of {subject} ({level}):", highlight=False)
+            for message in messages:
+                console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
+        elif versions:
+            console.print(f"{file} may follow version {versions[-1]} of {subject} ({level})", highlight=False)
+        else:
+            console.print(f"{subject} is new: {file} may be its first version ({level})", highlight=False)
+        if messages:
+            raise typer.Exit(1)
+
+
+@app.command()
+def register(
+    subject: Subject, file: File, kind: Type = None, registry: Registry = DEFAULT_REGISTRY, json: Json = False
+) -> None:
+    """Make the schema the subject's next version, unless it has it already."""
+    with explained("schemas register"), _told():
+        id = RegistryClient(registry).register(subject, _read(file), _type_of(file, kind))
+        show_json({"subject": subject, "id": id}) if json else console.print(f"{subject}: id {id}", highlight=False)
+
+
+class _told:
+    """The registry's answers are for people."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Refused | RegistryUnreachable):
+            raise UserError(str(error)) from None
+
+
+def _read(file: Path) -> str:
+    """Raises UserError."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} can't be read: {error}") from None
+
+
+def _type_of(file: Path, kind: str | None) -> str:
+    """Raises UserError."""
+    found = kind.upper() if kind is not None else TYPES.get(file.suffix)
+    if found not in TYPES.values():
+        raise UserError(f"{kind or file} says no type: give --type AVRO, JSON or PROTOBUF.")
+    return str(found)
