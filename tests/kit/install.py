@@ -13,7 +13,10 @@ from pathlib import Path
 
 KAFKA_VERSION = "4.3.1"
 LOG4J_VERSION = "2.25.4"
-KAFKA_HOME = Path(os.environ.get("HEADWATER_CACHE", Path.home() / ".cache" / "headwater")) / f"kafka-{KAFKA_VERSION}"
+APICURIO_VERSION = "3.3.3"
+CACHE = Path(os.environ.get("HEADWATER_CACHE", Path.home() / ".cache" / "headwater"))
+KAFKA_HOME = CACHE / f"kafka-{KAFKA_VERSION}"
+APICURIO_HOME = CACHE / f"apicurio-{APICURIO_VERSION}"
 POSTGRES_HOMES = "/usr/lib/postgresql"
 PACKAGES = {
     "postgresql": "the outbox on PostgreSQL",
@@ -51,6 +54,7 @@ rootLogger.appenderRef.stdout.ref = STDOUT
 def main() -> None:
     install_packages()
     install_kafka()
+    install_apicurio()
 
 
 def install_packages() -> None:
@@ -123,6 +127,28 @@ def install_kafka() -> None:
             print("Maven could not fetch Apache Kafka: its tests will skip", file=sys.stderr)
             return
     (KAFKA_HOME / "log4j2.properties").write_text(LOG4J)
+
+
+def install_apicurio() -> None:
+    if (APICURIO_HOME / "quarkus-run.jar").exists():
+        return
+    if not shutil.which("mvn"):
+        print("not installed, its tests will skip: Apicurio Registry comes through Maven")
+        return
+    print(f"installing Apicurio Registry {APICURIO_VERSION} through Maven ...", flush=True)
+    artifact = f"io.apicurio:apicurio-registry-app:{APICURIO_VERSION}:tar.gz:all"
+    with tempfile.TemporaryDirectory() as folder:
+        fetch = ["mvn", "-q", "-B", "dependency:copy", f"-Dartifact={artifact}", f"-DoutputDirectory={folder}"]
+        if subprocess.run(fetch, cwd=folder, check=False).returncode != 0:
+            print("Maven could not fetch Apicurio Registry: its tests will skip", file=sys.stderr)
+            return
+        unpacked = Path(folder) / "unpacked"
+        unpacked.mkdir()
+        (archive,) = Path(folder).glob("*.tar.gz")
+        subprocess.run(["tar", "xzf", str(archive), "-C", str(unpacked)], check=True)
+        (jar,) = unpacked.rglob("quarkus-run.jar")
+        CACHE.mkdir(parents=True, exist_ok=True)
+        shutil.move(str(jar.parent), str(APICURIO_HOME))
 
 
 if __name__ == "__main__":
