@@ -23,7 +23,7 @@ from benchmarks.table import Table
 from headwater import App, Envelope, Event, Retry, Settings, Topic, UnitOfWork
 from headwater.event.codec import encode
 from headwater.event.envelope import Cause
-from headwater.runtime.lifecycle import new_event_loop
+from headwater.event_loop import new_event_loop
 
 EVENTS = 200_000
 PARTITIONS = 6

@@ -35,8 +35,8 @@ def registry(
         except ModuleNotFoundError as error:
             raise UserError(f"it needs {error.name}: pip install 'headwater[registry]'.") from None
         from headwater.asgi import CannotListen
+        from headwater.event_loop import new_event_loop
         from headwater.registry.storage import StoreFailed
-        from headwater.runtime.lifecycle import new_event_loop
 
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:

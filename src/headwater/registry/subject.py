@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headwater.registry import errors
-from headwater.registry.avro_format import AvroSchema
 from headwater.registry.compatibility import Earlier, Level, differences
-from headwater.registry.json_format import JsonSchema
 from headwater.registry.record import (
     ConfigKey,
     ConfigValue,
@@ -189,15 +187,7 @@ class Registry:
             return known
         try:
             texts = self._texts_of(schema.references)
-            parsed: Parsed
-            if schema.type is SchemaType.AVRO:
-                parsed = AvroSchema(schema.text, texts)
-            elif schema.type is SchemaType.JSON:
-                parsed = JsonSchema(schema.text, texts)
-            else:
-                from headwater.registry.protobuf_format import ProtobufSchema  # protoc is large, and seldom needed
-
-                parsed = ProtobufSchema(schema.text, texts)
+            parsed = _parse(schema.type, schema.text, texts)
         except InvalidSchema as error:
             raise errors.invalid_schema(
                 f"Invalid schema {schema.text[:2000]} with refs {_shown(schema.references)} of type {schema.type}, "
@@ -410,6 +400,21 @@ class Registry:
                 del self._ids[context][digest]
         for reference in version.schema.references:
             self._referrers.get((reference.subject, reference.version), set()).discard((subject, number))
+
+
+def _parse(kind: SchemaType, text: str, references: Mapping[str, str]) -> Parsed:
+    """Each format's libraries are loaded when it is first met: they are large. Raises InvalidSchema."""
+    if kind is SchemaType.AVRO:
+        from headwater.registry.avro_format import AvroSchema
+
+        return AvroSchema(text, references)
+    if kind is SchemaType.JSON:
+        from headwater.registry.json_format import JsonSchema
+
+        return JsonSchema(text, references)
+    from headwater.registry.protobuf_format import ProtobufSchema
+
+    return ProtobufSchema(text, references)
 
 
 def context_of(subject: str) -> str:

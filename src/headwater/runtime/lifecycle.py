@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+from headwater.event_loop import new_event_loop
 from headwater.runtime.app import App, CannotStart
 
 
@@ -31,15 +32,6 @@ def run(app: App) -> None:
     """The whole life of an application's process. Raises CannotStart, AdminError."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_run(app))
-
-
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, where it exists."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 async def _run(app: App) -> None:
