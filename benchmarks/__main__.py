@@ -1,10 +1,10 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app|delivery` for one part."""
+"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry` for one part."""
 
 import sys
 
-from benchmarks import app, broker, delivery
+from benchmarks import app, broker, delivery, registry
 
-PARTS = {"broker": broker.run, "app": app.run, "delivery": delivery.run}
+PARTS = {"broker": broker.run, "app": app.run, "delivery": delivery.run, "registry": registry.run}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
