@@ -16,8 +16,10 @@ import msgspec
 import psycopg
 from confluent_kafka import Consumer, Producer
 from sqlalchemy import text
+from tests.kit.install import CACHE
 from tests.kit.postgres import Postgres
 
+from benchmarks import quix_streams
 from benchmarks.servers import NO_SYNC, Headwater, Kafka, Server
 from benchmarks.table import Table
 from headwater import App, Envelope, Event, Retry, Settings, Topic, UnitOfWork
@@ -228,6 +230,11 @@ def faststream_loop(server: Server, group: str, wanted: int = 10_000) -> float:
 
     asyncio.run(run())
     return count.rate
+
+
+def quix_loop(server: Server, group: str) -> float:
+    """Untyped, one event after the other."""
+    return quix_streams.rate(CACHE, server.address, EVENTS_TOPIC.name, group, EVENTS)
 
 
 # Waiting handlers
@@ -500,7 +507,7 @@ def measure(
 
 
 def run() -> None:
-    columns = ("by hand", "headwater", "headwater sync", "headwater batch", "aiokafka", "FastStream")
+    columns = ("by hand", "headwater", "headwater sync", "headwater batch", "aiokafka", "FastStream", "Quix Streams")
     table = Table("The failure contract's cost", columns)
     server = Headwater("headwater", NO_SYNC)
     postgres = Postgres().start()
@@ -514,6 +521,7 @@ def run() -> None:
                 "headwater": lambda g: through_app(server, g, "async"),
                 "aiokafka": lambda g: aiokafka_loop(server, g),
                 "FastStream": lambda g: faststream_loop(server, g),
+                "Quix Streams": lambda g: quix_loop(server, g),
             },
         )  # fmt: skip
         measure(
