@@ -164,10 +164,10 @@ def test_without_a_broker_the_message_says_how_to_get_one() -> None:
     ],
 )
 def test_an_application_that_can_not_start_says_why(target: str, environment: dict[str, str], says: str) -> None:
-    """One message, exit code 1."""
+    """One message; exit code 1 when it can't start now, 2 when it can't be as it is declared."""
     done = headwater("run", target, **environment)
 
-    assert done.returncode == 1
+    assert done.returncode == (1 if says == "no broker" else 2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -260,6 +260,19 @@ def test_up_supervises_restarts_stops_and_starts(tmp_path: Path) -> None:
         up.send_signal(signal.SIGTERM)
         _, errors = up.communicate(timeout=60)
     assert up.returncode == 0, errors
+
+
+def test_up_does_not_start_again_what_no_start_can_help(tmp_path: Path) -> None:
+    """An application that isn't there, or is declared wrongly, is said once; the others run."""
+    up = start_up(tmp_path, "--app", "myapp:app", "--app", "nosuchmodule:app")
+    try:
+        wait_until(lambda: status(tmp_path).get("nosuchmodule", {}).get("state") == "stopped", "the end of it")
+        wait_until(lambda: bool(status(tmp_path)["myapp"]["running"]), "the other one")
+    finally:
+        up.send_signal(signal.SIGTERM)
+        out, errors = up.communicate(timeout=60)
+    assert errors.count("there is no module nosuchmodule") == 1
+    assert "did not start" in out
 
 
 def test_up_says_that_the_port_is_in_use_and_ends(broker: BrokerProcess, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def explained(command: str) -> Iterator[None]:
     try:
         yield
     except (AdminError, InvalidSetting, UserError) as error:
-        _say(command, str(error))
+        _say(command, str(error), getattr(error, "exit_code", 1))
     except KafkaException as error:
         _say(command, f"Kafka's client refuses: {error.args[0].str() if error.args else error}")
     except BrokenPipeError:  # `| head` has seen enough
@@ -62,13 +62,17 @@ def explained(command: str) -> Iterator[None]:
         _say(command, f"{type(error).__name__}: {error}")
 
 
-def _say(command: str, message: str) -> NoReturn:
+def _say(command: str, message: str, exit_code: int = 1) -> NoReturn:
     errors.print(f"headwater {command}: {message}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from None
+    raise typer.Exit(exit_code) from None
 
 
 class UserError(Exception):
     """What was asked for can't be done; the message says what can."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def show_json(value: object) -> None:

@@ -10,26 +10,31 @@ from sqlalchemy.exc import OperationalError
 from headwater.cli.output import UserError, explained
 from headwater.event.event import NotAnEvent
 from headwater.event.topic import InvalidTopic
-from headwater.kafka.consumer import ConsumerFailed
+from headwater.kafka.consumer import ConsumerFailed, OutOfRange
 from headwater.kafka.producer import NotPublished
 from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
 from headwater.runtime.publish import NoTopic
+from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
 
+CANNOT_BE = 2
+"""The exit code of an application that is not there, or is declared wrongly: starting it again changes nothing."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
     CannotStart,
     ConsumerFailed,
     InvalidDatabase,
     InvalidHandler,
+    InvalidSetting,
     InvalidTopic,
     NoTopic,
     NotAnEvent,
     NotPublished,
     OperationalError,
+    OutOfRange,
 )
 
 
@@ -47,7 +52,8 @@ def run(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
 ) -> None:
-    """Run an application. The cluster is HEADWATER_BOOTSTRAP_SERVERS, the database HEADWATER_DATABASE_URL."""
+    """Run an application. The cluster is HEADWATER_BOOTSTRAP_SERVERS, the database HEADWATER_DATABASE_URL. Exit code 1 when
+    it can't start now, 2 when no start can help."""
     with explained("run"):
         if log_level not in LOG_LEVELS:
             raise UserError(f"--log-level is one of {', '.join(LOG_LEVELS)}, not {log_level!r}.")
@@ -55,6 +61,14 @@ def run(
         if json:
             logging.getLogger().handlers[0].setFormatter(JsonLines())
         try:
-            run_app(load(target))
+            app = load(target)
         except EXPLAINED as error:
-            raise UserError(str(error).split("\n(Background")[0]) from None
+            raise UserError(_shown(error), CANNOT_BE) from None
+        try:
+            run_app(app)
+        except EXPLAINED as error:
+            raise UserError(_shown(error)) from None
+
+
+def _shown(error: Exception) -> str:
+    return str(error).split("\n(Background")[0]

@@ -31,6 +31,7 @@ LONGEST_PAUSE_SECONDS = 10.0
 STEADY_SECONDS = 30.0  # one that ran this long starts again without a pause next time
 STOP_SECONDS = 40.0  # an application has 20 s for its handlers, 10 for its requests, and some for what is under way
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 108
+CANNOT_BE = 2  # the exit code of `headwater run` for what no start can help
 BROKER = "broker"
 REGISTRY = "registry"
 
@@ -95,10 +96,10 @@ class Supervised:
                     self.name, state="stopped"
                 )
                 continue
-            if self.announces and not self.address:
+            if code == CANNOT_BE or (self.announces and not self.address):
                 self.first_code = code
                 self.wanted = False
-                say(self.name, state="did not start", code=code)
+                say(self.name, state="did not start, it says why above", code=code)
                 continue
             if time.monotonic() - started > STEADY_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
