@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant("what was committed first is handled in a stop", RUNTIME + "strands.py",
            "        may_begin = not work.is_stopping or work.policy.settles_first", "        may_begin = not work.is_stopping",
            "tests/runtime/test_model.py::test_no_schedule_breaks_a_promise"),
-    Mutant("a gap is skipped", "src/headwater/kafka/consumer.py", "                    self._consumer.incremental_unassign([place])\n", "",
+    Mutant("a gap is skipped", "src/headwater/kafka/consumer.py", "            self._consumer.incremental_unassign([place])\n", "",
            "tests/runtime/test_delivery.py::test_a_gap_is_skipped_if_that_is_wanted_and_else_said[embedded-skip]"),
     Mutant("exactly once also in batches", RUNTIME + "delivery.py", "        if bad is not None and self._is_transactional:", "        if False:",
            "tests/runtime/test_delivery.py::test_exactly_once_reads_handles_and_writes_in_one_transaction[batch]"),

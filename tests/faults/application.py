@@ -2,8 +2,8 @@
 
     python -m tests.faults.application GROUP TOPIC DELIVERY
 
-On standard input: `arm POINT FAULT COUNT`: when POINT is reached for the COUNTth time from now with work in flight,
-the fault strikes: `kill` and `stop` are done here, by signals to itself; for the others it says `hit POINT` and goes on a
+On standard input: `arm POINT FAULT COUNT SERIAL`: when POINT is reached for the COUNTth time from now with work in flight,
+the fault strikes: `kill` and `stop` are done here, by signals to itself; for the others it says `hit POINT SERIAL` and goes on a
 moment later, when its parent has done its part. Each event writes one effect, with a serial, under effectively_once.
 """
 
@@ -40,14 +40,14 @@ def topic_for(name: str) -> Topic:
 
 class Faults:
     def __init__(self) -> None:
-        self.point, self.fault, self.left = "", "", 0
+        self.point, self.fault, self.left, self.serial = "", "", 0, "0"
         self.tries: dict[int, int] = {}
 
     def listen(self) -> None:
         for line in sys.stdin:
             words = line.split()
             if words and words[0] == "arm":
-                self.fault, self.left = words[2], int(words[3])
+                self.fault, self.left, self.serial = words[2], int(words[3]), words[4]
                 self.point = words[1]
         os._exit(0)  # the parent is gone
 
@@ -58,7 +58,7 @@ class Faults:
         if self.left > 0:
             return
         self.point = ""
-        os.write(1, f"hit {point}\n".encode())
+        os.write(1, f"hit {point} {self.serial}\n".encode())
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.fault == "stop":

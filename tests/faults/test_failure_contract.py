@@ -89,22 +89,29 @@ class Instance:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env={**os.environ, **environment}, text=True,
         )  # fmt: skip
         self.hits: list[str] = []
+        self._serial = 0
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("hit "):
-                self.hits.append(line.split()[1])
+            words = line.split()
+            if words[:1] == ["hit"] and words[2] == str(self._serial):
+                self.hits.append(words[1])
 
     def arm(self, point: str, fault: str, count: int) -> None:
+        """From now on its hits are those of this one: what it says of an earlier one may come late."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"arm {point} {fault} {count}\n")
+        self._serial += 1
+        self.hits.clear()
+        self.process.stdin.write(f"arm {point} {fault} {count} {self._serial}\n")
         self.process.stdin.flush()
 
     def disarm(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self.arm("nowhere", "none", 0)
+            assert self.process.stdin is not None
+            self.process.stdin.write(f"arm nowhere none 0 {self._serial}\n")
+            self.process.stdin.flush()
 
     def is_stopped(self) -> bool:
         return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -236,7 +243,6 @@ class Scenario:
     def strike(self, instances: list[Instance], point: str) -> list[Instance]:
         """Once at this point, whichever instance comes there first; with the instances that go on."""
         for instance in instances:
-            instance.hits.clear()
             instance.arm(point, self.fault, self.chance.randrange(1, 4))
         wait_until(lambda: any(instance.hits for instance in instances), f"{point} to be reached", HIT_SECONDS)
         for instance in instances:

@@ -24,6 +24,7 @@ from headwater.runtime.strands import Strand
 
 KEYS = (b"a", b"b", None)
 LONGEST_SECONDS = 3000.0
+STOP_SECONDS = 100.0  # what is at work may have to wait for its outage to end, and pauses grow to 30 s
 
 
 class Poison(Exception):
@@ -52,7 +53,7 @@ class Event:
         return self._key
 
     def value(self) -> bytes:
-        return b""
+        return b"%d" % self._offset
 
     def headers(self) -> list[tuple[str, str | bytes | None]]:
         return []
@@ -141,6 +142,8 @@ class Options(NamedTuple):
     """async, sync or batch."""
     settles_first: bool = False
     """At most once; has no inbox."""
+    has_retry: bool = True
+    """Whether there is a retry topic; without one there is no poison either, which would be tried for ever."""
 
 
 class Violation(Exception):
@@ -158,7 +161,7 @@ class Process:
         self.parked: set[int] = set()
         frontier, progress = world.committed
         self.read_to = len(world.retry)
-        retry = Retry(2 + world.chance.randrange(2), "1s..4s")
+        retry = Retry(2 + world.chance.randrange(2), "1s..4s") if world.options.has_retry else None
         kinds = FailureKinds(poison=(Poison,), unavailable=(Unavailable,))
         self.slots = 1 + world.chance.randrange(4)
         self.pace = Pace("model", self.slots, self.now_ms, lambda outage: None)
@@ -186,7 +189,9 @@ class Process:
             world.prepare(self.owner)
         self.owner.start()
         self.owner.read_retry_topic([record for record in world.retry[: self.read_to] if record is not None])
-        self.owner.loaded()
+        if retry is not None:
+            self.owner.loaded()
+        self.at_work = 0
         self.began_at = self.position = frontier or 0
 
     def failed(self, error: Exception) -> None:
@@ -244,14 +249,22 @@ class Process:
     async def attempt(self, event: Received, attempted: Attempted | None, generation: int) -> None:
         offset = event.offset()
         assert offset is not None
-        if self.world.options.has_inbox:
+        if event.value() != b"%d" % offset:
+            self.world.broken(f"{offset} came with the value {event.value()!r}")
+        self.at_work += 1
+        if self.at_work > self.slots + 1 and not self.is_dead:  # one more: the probe
+            self.world.broken(f"{self.at_work} are handled at once, with {self.slots} slots")
+        try:
+            if self.world.options.has_inbox:
+                await self._io()
             await self._io()
-        await self._io()
-        trouble = self._trouble(offset, attempted)
-        if trouble is not None:
-            raise trouble
-        self._take_effect(offset, attempted)
-        await self._io()
+            trouble = self._trouble(offset, attempted)
+            if trouble is not None:
+                raise trouble
+            self._take_effect(offset, attempted)
+            await self._io()
+        finally:
+            self.at_work -= 1
 
     async def attempt_batch(self, events: Sequence[Received], generation: int) -> list[BaseException | None]:
         """An outcome per event; with an inbox one transaction for all of them."""
@@ -330,7 +343,7 @@ class Process:
     async def send_parked(self, event: Received, attempted: Attempted | None) -> int:
         offset = event.offset()
         assert offset is not None
-        source = SourceRecord(offset, event.key(), b"", [], 0)
+        source = SourceRecord(offset, event.key(), event.value(), [], 0)
 
         def append() -> int:
             return self.world.append(lambda place: ParkedRecord(source, "id", attempted, place))
@@ -390,7 +403,7 @@ class World:
         self.loop = Loop()
         count = 3 + self.chance.randrange(6)
         self.source = [self.chance.choice(KEYS) for _ in range(count)]
-        self.poison = {offset for offset in range(count) if self.chance.random() < 0.15}
+        self.poison = {offset for offset in range(count) if self.chance.random() < 0.15 and options.has_retry}
         self.flaky = {offset: self.chance.randrange(6) for offset in range(count) if self.chance.random() < 0.4}
         self.retry: list[Any] = []
         self.dead: list[tuple[int, bytes | None]] = []
@@ -538,9 +551,15 @@ class World:
         """A stop or a revoke: what is at work has some time to end; the frontier is committed; somebody else begins."""
         process = self.current
         process.owner.stop()
-        for _ in range(self.chance.randrange(200)):
-            if process.owner.stopped.is_set() or not self.loop.step():
+        must_end = self.chance.random() < 0.3
+        self.is_healed, was_healed = must_end or self.is_healed, self.is_healed
+        ends = self.loop.now + STOP_SECONDS
+        for _ in range(100_000 if must_end else self.chance.randrange(200)):
+            if process.owner.stopped.is_set() or self.loop.now > ends or not self.loop.step():
                 break
+        self.is_healed = was_healed
+        if must_end and not process.owner.stopped.is_set():
+            self.broken(f"a stop doesn't end, though everything works: {self._state(process)}")
         if not process.owner.stopped.is_set():
             process.owner.cancel()
         if process.owner.stopped.is_set():

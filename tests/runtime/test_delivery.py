@@ -581,7 +581,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
-@pytest.mark.parametrize("how", ["finally", "cancelled", "exit", "panic"])
+@pytest.mark.parametrize("how", ["finally", "cancelled", "exit", "panic", "stop"])
 def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(
     embedded: Engine, unique: str, how: str, kind: str
 ) -> None:
@@ -591,10 +591,11 @@ def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(
     app = App(unique, settings=settings_for(embedded))
     seen: list[tuple[str, int]] = []
 
-    def odd(event: Paid) -> None:
+    def break_at_one(event: Paid) -> None:
         if event.account == "odd" and event.number == 1:
-            if how in ("cancelled", "exit", "panic"):
-                raise {"cancelled": asyncio.CancelledError, "exit": SystemExit, "panic": Panic}[how]
+            if how != "finally":
+                odd = {"cancelled": asyncio.CancelledError, "exit": SystemExit, "panic": Panic, "stop": StopIteration}
+                raise odd[how]
             try:
                 raise ValueError("first")
             finally:
@@ -605,12 +606,12 @@ def test_a_handler_that_breaks_in_odd_ways_fails_like_any_other(
 
         @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
         async def handle(event: Paid) -> None:
-            odd(event)
+            break_at_one(event)
     else:
 
         @app.handler(topic, group=unique, retry=Retry(2, "100ms"))
         def handle_sync(event: Paid) -> None:
-            odd(event)
+            break_at_one(event)
 
     publish_all(embedded, topic, [Paid(account, i) for i in range(4) for account in ("odd", "even")])
     with Running(app):

@@ -147,8 +147,20 @@ class KafkaConsumer:
         """Of partitions that are assigned: as if they had just been."""
         found = self._committed(partitions, is_given_up)
         for place in _beginnings(found):
-            self._consumer.seek(place)
+            try:
+                self._consumer.seek(place)
+            except KafkaException:  # it has stopped fetching, after an offset that was not in the log
+                self._begin_at(place)
         return [_begun(place) for place in found]
+
+    def _begin_at(self, place: TopicPartition) -> None:
+        """Raises KafkaException."""
+        if self._is_incremental:
+            self._consumer.incremental_unassign([place])
+            self._consumer.incremental_assign([place])
+        else:
+            others = [each for each in self._consumer.assignment() if each.partition != place.partition]
+            self._consumer.assign([*self._consumer.position(others), place])
 
     def _committed(self, partitions: list[TopicPartition], is_given_up: Callable[[], bool]) -> list[TopicPartition]:
         while partitions:
@@ -173,23 +185,16 @@ class KafkaConsumer:
         """Raises KafkaException."""
         return int(self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=COMMITTED_SECONDS)[0])
 
-    def begin_at_earliest(self, topic: str, partition: int, is_given_up: Callable[[], bool]) -> Begun | None:
+    def begin_at_earliest(self, topic: str, partition: int, is_given_up: Callable[[], bool]) -> None:
         """Read on at the earliest record, after an offset that was not in the log any more: there the client has stopped
-        fetching, and can't seek. While the broker is away it tries again, until `is_given_up`: then None."""
-        while not is_given_up():
+        fetching, and can't seek. While the broker is away it tries again, until `is_given_up` or the partition is gone."""
+        while not is_given_up() and any(each.partition == partition for each in self._consumer.assignment()):
             try:
-                place = TopicPartition(topic, partition, self.earliest(topic, partition))
-                if self._is_incremental:
-                    self._consumer.incremental_unassign([place])
-                    self._consumer.incremental_assign([place])
-                else:
-                    others = [each for each in self._consumer.assignment() if each.partition != partition]
-                    self._consumer.assign([*self._consumer.position(others), place])
-                return Begun(partition, None, "")
+                self._begin_at(TopicPartition(topic, partition, self.earliest(topic, partition)))
+                return
             except KafkaException as error:
                 self._tell(f"begin at the earliest record: {error.args[0].str()}")
                 time.sleep(TROUBLE_SECONDS)
-        return None
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Read on from there."""

@@ -85,7 +85,7 @@ class BatchRunner:
                 work.settled(event)
         if attempted and len(bad) < len(batch) and (epoch or pace.breaker.has_failures):
             pace.succeeded(batch[0][0].key, epoch)
-        alone: deque[tuple[Lane[Received], Received, Failure | None]] = deque()
+        alone: list[tuple[Lane[Received], Received, Failure | None]] = []
         for lane in {lane.key: lane for lane, _ in batch}.values():
             if lane.key not in bad:
                 following = self._lanes.next_of(lane)
@@ -97,8 +97,8 @@ class BatchRunner:
                 lane.queue = deque()
             lane.queue.extendleft((later.offset() or 0, later) for later, _ in reversed(rest))
             alone.append((lane, event, Failure(outcome, epoch) if outcome is not None else None))
-        for _ in range(max(1, min(len(alone), pace.free)) if alone else 0):
-            work.spawn(self._run_alone(alone))
+        for lane, event, failure in alone:
+            work.spawn(self._lanes.run_when_free(lane, event, failure))
 
     async def _settle_first(
         self, batch: list[tuple[Lane[Received], Received]], outcomes: list[BaseException | None], epoch: int
@@ -114,13 +114,4 @@ class BatchRunner:
         for lane in {lane.key: lane for lane, _ in batch}.values():
             following = self._lanes.next_of(lane)
             if following is not None:
-                self._work.take_slot()
-                self._work.spawn(self._lanes.run_lane(lane, following[1]))
-
-    async def _run_alone(self, lanes: "deque[tuple[Lane[Received], Received, Failure | None]]") -> None:
-        """One key after the other."""
-        work = self._work
-        while lanes and (not work.is_stopping or work.policy.settles_first):
-            lane, event, failure = lanes.popleft()
-            work.take_slot()
-            await self._lanes.run_lane(lane, event, failure)
+                self._work.spawn(self._lanes.run_when_free(lane, following[1]))

@@ -250,13 +250,11 @@ class ConsumerThread:
         self._watcher.assigned(owner)
 
     def _skip(self, partition: int) -> None:
-        """Retention has passed the frontier: a new owner begins at what is left."""
-        gone = self._take_away(self._places([partition]))
-        self._stop_owners(gone)
-        self._wait_stopped(gone, time.monotonic() + REVOKE_SECONDS, time.sleep)
-        begun = self._consumer.begin_at_earliest(self._topic, partition, lambda: self._stop_seconds is not None)
-        if begun is not None:
-            self._own(begun)
+        """Retention has passed what comes next: the same owner goes on at what is left; what it has in hand is none of
+        that."""
+        if partition in self._owners:
+            self._paused.add(partition)  # the client forgets whether it was
+            self._consumer.begin_at_earliest(self._topic, partition, lambda: self._stop_seconds is not None)
 
     def _begin_again(self) -> None:
         self._reset_asked = False

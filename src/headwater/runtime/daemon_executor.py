@@ -32,6 +32,8 @@ class DaemonExecutor(Executor):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(function(*arguments, **named))
+                except StopIteration as error:  # asyncio's futures don't take it
+                    future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
                 except BaseException as error:
                     future.set_exception(error)
 

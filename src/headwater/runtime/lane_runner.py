@@ -55,8 +55,8 @@ class LaneRunner:
                 if failure is None:
                     if work.is_stopping and not work.policy.settles_first:
                         raise Stopped
-                    if work.pace.breaker.is_open and not is_probe and not work.is_stopping:
-                        await self._wait_for_turn()
+                    while work.pace.breaker.is_open and not is_probe and not work.is_stopping:
+                        is_probe = await work.without_slot(work.wait_for_turn())
                     failure = await work.attempt(lane.key, event, None)
                 if failure is not None and not await self.overcome(lane, event, failure):
                     return
@@ -68,14 +68,10 @@ class LaneRunner:
         finally:
             work.release_slot()
 
-    async def _wait_for_turn(self) -> None:
-        """What waits for an outage to end takes no slot from a probe. Raises Stopped."""
-        work = self._work
-        work.release_slot()
-        try:
-            await work.wait_for_turn()
-        finally:
-            work.take_slot()
+    async def run_when_free(self, lane: Lane[Received], event: Received, failure: Failure | None = None) -> None:
+        """The same, for who has no slot yet."""
+        await self._work.slot()
+        await self.run_lane(lane, event, failure)
 
     async def overcome(self, lane: Lane[Received], event: Received, failure: Failure) -> bool:
         """Try again in place, or park, or give up. True when the event is settled and the lane may go on; False when the
@@ -97,7 +93,7 @@ class LaneRunner:
                 exc_info=error if not tries and kind is not Kind.POISON else None,
             )  # fmt: skip
             if policy.settles_first or (kind is Kind.POISON and policy.retry is not None):
-                pace.probe_again()
+                pace.probe_again(epoch)
                 break
             pauses = CONFLICT_PAUSES if kind is Kind.CONFLICT else IN_PLACE_PAUSES
             if kind is Kind.UNAVAILABLE:
@@ -112,8 +108,9 @@ class LaneRunner:
                 pace.failed(lane.key, epoch, said_by(error))
                 if not pace.breaker.is_open:
                     break
-            if pace.breaker.is_open:
-                await self._wait_for_turn()
+            is_probe = False
+            while pace.breaker.is_open and not is_probe:
+                is_probe = await work.without_slot(work.wait_for_turn())
             tries += 1
             again = await work.attempt(lane.key, event, None)
             if again is None:
@@ -140,8 +137,4 @@ class LaneRunner:
         since = before.since_ms if before is not None else work.doors.now_ms()
         work.stuck[key] = Waiting(f"an event failed {tries + 1} times: {said_by(error)}", since)
         work.look_later()
-        work.release_slot()  # what waits takes none from others
-        try:
-            await work.pause(min(FIRST_TROUBLE_SECONDS * 2 ** min(tries, 20), LONGEST_TROUBLE_SECONDS))
-        finally:
-            work.take_slot()
+        await work.without_slot(work.pause(min(FIRST_TROUBLE_SECONDS * 2 ** min(tries, 20), LONGEST_TROUBLE_SECONDS)))

@@ -185,8 +185,8 @@ class Owner:
         """While the breaker is open: one event that is not at work. Rather one that was not tried yet: those that are
         parked have failed before. Where too many are parked, they are what must become less."""
         work = self.work
-        if not work.is_loaded or work.is_stopping:
-            return False
+        if not work.is_loaded or work.has_strangers or work.is_stopping or work.pace.free < 0:
+            return False  # or there is one beyond the limit already
         if work.pace.breaker.is_crowded:
             return self._parking.try_one()
         for _ in range(len(work.incoming)):
@@ -226,6 +226,7 @@ class Owner:
         work = self.work
         if not work.is_stopping or work.stopped.is_set() or work.tasks:
             return
-        is_through = not work.settle_running() and not (work.policy.settles_first and work.incoming)
+        is_left = work.policy.settles_first and work.incoming and work.is_loaded
+        is_through = not work.settle_running() and not is_left
         if is_through or work.is_cancelled:
             work.close()

@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from headwater.runtime.breaker import Breaker, Outage
+from headwater.runtime.breaker import LONGEST_PROBE_SECONDS, Breaker, Outage
 
 logger = logging.getLogger(__name__)
+
+NO_EPOCH = -1
 
 
 class Worker(Protocol):
@@ -43,8 +45,12 @@ class Pace:
         self._changed = changed
         self._workers: list[Worker] = []
         self._starved: deque[Worker] = deque()
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: deque[asyncio.Future[bool]] = deque()
+        self._slot_waiters: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        """Until the next probe."""
+        self._is_probing = False
+        """One is under way: the timer is for the case that it doesn't come to an end."""
         self._turn = 0
         self._chance = random.Random()
 
@@ -57,10 +63,9 @@ class Pace:
             self._workers.remove(worker)
         if worker in self._starved:
             self._starved.remove(worker)
-        if not self._workers and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif self._workers:
+        if not self._workers:
+            self._stop_timer()
+        else:
             self.probe_again()  # the probe may have gone with it
             self.count_parked()  # and the parked keys with it
 
@@ -69,9 +74,7 @@ class Pace:
         self.breaker = Breaker(self.breaker.only_unavailable)
         self._starved.clear()
         self._workers.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
 
     def recovered(self) -> None:
         """Told after `start_anew`, when it works again."""
@@ -84,9 +87,29 @@ class Pace:
         if worker not in self._starved:
             self._starved.append(worker)
 
+    async def slot(self) -> None:
+        """Take one, when there is one."""
+        if self.free > 0:
+            self.free -= 1
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._slot_waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # it was given, and nobody takes it
+            raise
+
     def release(self) -> bool:
         """Whether somebody waited for a slot: then it is theirs first."""
         self.free += 1
+        while self.free > 0 and self._slot_waiters:
+            waiter = self._slot_waiters.popleft()
+            if not waiter.done():
+                self.free -= 1
+                waiter.set_result(None)
+                return True
         woken = False
         for _ in range(len(self._starved)):
             if self.free <= 0:
@@ -101,23 +124,23 @@ class Pace:
         if self.breaker.succeeded(key, epoch):
             self._closed()
         elif self.breaker.is_open and epoch == self.breaker.epoch:
-            self._probe_soon(0.0)  # it is open because of parked keys: this one made it less
+            self._probe_soon(0.0, epoch)  # it is open because of parked keys: this one made it less
 
     def failed(self, key: object, epoch: int, error: str) -> None:
         """As transient."""
-        self._watch(lambda: self.breaker.failed(key, epoch, error, self._now_ms()))
+        self._watch(epoch, lambda: self.breaker.failed(key, epoch, error, self._now_ms()))
 
     def failed_again(self, epoch: int) -> None:
         """A parked event, as transient."""
-        self._watch(lambda: self.breaker.failed_again(epoch))
+        self._watch(epoch, lambda: self.breaker.failed_again(epoch))
 
     def unavailable(self, epoch: int, error: str) -> None:
-        self._watch(lambda: self.breaker.unavailable(epoch, error, self._now_ms()))
+        self._watch(epoch, lambda: self.breaker.unavailable(epoch, error, self._now_ms()))
 
-    def probe_again(self) -> None:
-        """The probe came to an end that says nothing."""
+    def probe_again(self, epoch: int | None = None) -> None:
+        """The probe came to an end that says nothing. epoch: of the attempt; None when the probe may never have begun one."""
         if self.breaker.is_open:
-            self._probe_soon(self.breaker.pause_seconds)
+            self._probe_soon(self.breaker.pause_seconds, self.breaker.epoch if epoch is None else epoch)
 
     def count_parked(self) -> None:
         count = sum(worker.parked_keys for worker in self._workers)
@@ -127,65 +150,74 @@ class Pace:
             nonlocal closed
             closed = self.breaker.parked_keys(count, self._now_ms())
 
-        self._watch(tell)
+        self._watch(NO_EPOCH, tell)
         if closed:
             self._closed()
 
-    def _watch(self, tell: Callable[[], None]) -> None:
+    def _watch(self, epoch: int, tell: Callable[[], None]) -> None:
         was_open = self.breaker.is_open
         tell()
         if self.breaker.outage is not None:
             if not was_open:
                 logger.error("breaker_opened handler=%s reason=%s", self._name, self.breaker.outage.reason)
                 self._changed(self.breaker.outage)
-            self._probe_soon(self.breaker.pause_seconds)
+            self._probe_soon(self.breaker.pause_seconds, epoch)
 
     def _closed(self) -> None:
         logger.info("breaker_closed handler=%s", self._name)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._stop_timer()
         self._changed(None)
         waiters, self._waiters = self._waiters, deque()
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(False)
         for worker in list(self._workers):
             worker.go_on()
 
-    async def wait_for_turn(self) -> None:
-        """While the breaker is open: until it closes, or until this one is the probe."""
+    async def wait_for_turn(self) -> bool:
+        """While the breaker is open: until it closes, or until this one is the probe; whether it is."""
         if self.breaker.is_open:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
             try:
-                await waiter
+                return bool(await waiter)
             finally:
                 if waiter in self._waiters:
                     self._waiters.remove(waiter)
+        return False
 
-    def _probe_soon(self, seconds: float) -> None:
-        if self._timer is None:
-            pause = seconds * self._chance.uniform(0.75, 1.0)
-            self._timer = asyncio.get_running_loop().call_later(pause, self._probe)
+    def _probe_soon(self, seconds: float, epoch: int) -> None:
+        """epoch: of the attempt that has ended; only a probe begins while the breaker is open."""
+        if self._timer is not None and not (self._is_probing and epoch == self.breaker.epoch):
+            return
+        self._stop_timer()
+        pause = seconds * self._chance.uniform(0.75, 1.0)
+        self._timer = asyncio.get_running_loop().call_later(pause, self._probe)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._is_probing = None, False
 
     def _probe(self) -> None:
         """Those that failed and those that did not are asked in turn."""
-        self._timer = None
+        self._stop_timer()
         if not self.breaker.is_open:
             return
         self._turn += 1
         asked = (self._probe_waiter, self._probe_other)
         for ask in asked if self._turn % 2 else asked[::-1]:
             if ask():
+                self._is_probing = True
+                self._timer = asyncio.get_running_loop().call_later(LONGEST_PROBE_SECONDS, self._probe)
                 return
-        self._probe_soon(self.breaker.pause_seconds)  # nothing is there to try
+        self._probe_soon(self.breaker.pause_seconds, NO_EPOCH)  # nothing is there to try
 
     def _probe_waiter(self) -> bool:
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(True)
                 return True
         return False
 

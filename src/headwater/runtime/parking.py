@@ -72,7 +72,9 @@ class Parking:
         work = self._work
         now = work.doors.now_ms()
         try:
-            while self._strangers and not work.is_stopping and not work.pace.is_shut:
+            while self._strangers and not work.pace.is_shut:
+                if work.is_stopping and not work.policy.settles_first:
+                    break
                 offset, record = next(iter(self._strangers.items()))
                 before = record.attempted or Attempted(0, now, now, Kind.POISON, "")
                 reason = "the topic was deleted and made again while this was parked"
@@ -120,7 +122,7 @@ class Parking:
                 lane.queue.popleft()
             attempted = None
             work.settled(event)
-            if work.is_stopping:
+            if work.is_stopping and not work.policy.settles_first:
                 return
         lanes.end_parking(lane)
 
@@ -239,8 +241,10 @@ class Parking:
                 offset, attempted = lane.parked.smallest, lane.parked.attempt
                 if work.is_stopping or work.pace.is_shut or (attempted is not None and not self._is_due(attempted)):
                     break
-                event = await self._read_back(lane.key, offset, lane.parked.place)
+                event, was_open = self._cache.get(offset), work.pace.breaker.is_open
                 if event is None:
+                    event = await work.without_slot(self._read_back(lane.key, offset, lane.parked.place))
+                if event is None or (work.pace.breaker.is_open and not was_open):
                     break
                 if work.policy.settles_first:
                     await work.send_done(offset, lane.key)
@@ -279,7 +283,7 @@ class Parking:
         said = said_by(error)
         now = work.doors.now_ms()
         if policy.settles_first:  # its done record is written: this was the only time
-            pace.probe_again()
+            pace.probe_again(epoch)
         elif kind is Kind.UNAVAILABLE:
             pace.unavailable(epoch, said)
             return False
@@ -289,7 +293,7 @@ class Parking:
             if outage is not None and outage.is_unavailable:
                 return False  # it counts as no attempt
         else:
-            pace.probe_again()
+            pace.probe_again(epoch)
         before = attempted or Attempted(0, 0, now, kind, said, generation=work.generation_of(offset))
         after = before._replace(attempts=before.attempts + 1, kind=kind, error=said)
         assert policy.retry is not None
@@ -314,16 +318,18 @@ class Parking:
         return work.doors.now_ms() + round(work.policy.retry.pause_seconds(attempts, work.chance) * 1000)
 
     async def _read_back(self, key: Key, offset: int, place: int) -> Received | None:
-        """From the cache, or from the retry topic, with some that come next. None when it can't be read now: its key
-        stands, the group says so, and it is tried again later."""
+        """From the retry topic, with some that come next. None when it can't be read now: its key stands, the group says
+        so, and it is tried again later."""
         work = self._work
-        event = self._cache.get(offset)
+        event: Received | None = None
         reason = f"there is no parked record at {place} of the retry topic"
         try:
-            for record in await work.doors.read_back(place) if event is None else ():
+            for record in await work.doors.read_back(place):
                 if record.source.offset == offset and record.place == place:
                     event = ReadBack(record)
-                elif work.lanes.holds(key_of(ReadBack(record)), record.source.offset):
+                elif record.topic_id == work.assignment.topic_id and work.lanes.holds(
+                    key_of(ReadBack(record)), record.source.offset
+                ):
                     self._keep(record.source.offset, ReadBack(record))
         except Exception as error:
             reason = said_by(error)

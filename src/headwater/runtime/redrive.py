@@ -25,12 +25,12 @@ class Requests:
         self._parking = parking
         self._waiting: deque[Request] = deque()
         self._is_obeying = False
-        self._not_before_ms = 0
+        self._is_pausing = False
 
     @property
     def has_due(self) -> bool:
         """Whether some can be looked at now."""
-        return bool(self._waiting) and self._work.doors.now_ms() >= self._not_before_ms
+        return bool(self._waiting) and not self._is_pausing
 
     def read(self, record: Request | TakenBack | Resolved) -> None:
         """What the retry topic has, in order."""
@@ -68,8 +68,12 @@ class Requests:
         finally:
             self._is_obeying = False
         if self._waiting:
-            self._not_before_ms = work.doors.now_ms() + round(REQUEST_SECONDS * 1000)
-            asyncio.get_running_loop().call_later(REQUEST_SECONDS, self.obey)
+            self._is_pausing = True
+            asyncio.get_running_loop().call_later(REQUEST_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        self._is_pausing = False
+        self.obey()
 
     async def _obey_one(self, request: Request) -> bool | None:
         """Whether it could be obeyed; None when that can't be said now: the event is at work, or can't be read."""

@@ -29,7 +29,7 @@ TROUBLE_SECONDS = 1.0
 OFFSETS_SECONDS = 5.0
 READ_BACK_RECORDS = 200
 READ_BACK_BYTES = 4 * 1024 * 1024
-READ_BACK_SECONDS = 10.0
+READ_BACK_SECONDS = 3.0  # well below the time-out of a transaction
 
 T = TypeVar("T")
 

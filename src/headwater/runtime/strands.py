@@ -133,8 +133,7 @@ class StrandRunner:
             lane.queue.extendleft(reversed(rest[1:]))
         may_begin = not work.is_stopping or work.policy.settles_first
         if strand.error is not None:
-            work.take_slot()
-            work.spawn(self._lanes.run_lane(lane, rest[0][1], Failure(strand.error, strand.epoch)))
+            work.spawn(self._lanes.run_when_free(lane, rest[0][1], Failure(strand.error, strand.epoch)))
         elif rest and may_begin:
             self._go_on_alone(lane, rest[0][1])
         elif rest:
@@ -152,8 +151,7 @@ class StrandRunner:
 
     def _go_on_alone(self, lane: Lane[Received], event: Received) -> None:
         """One by one: the breaker is open, or was meanwhile."""
-        self.work.take_slot()
-        self.work.spawn(self._lanes.run_lane(lane, event))
+        self.work.spawn(self._lanes.run_when_free(lane, event))
 
     @property
     def is_cut_off(self) -> bool:

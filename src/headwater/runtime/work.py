@@ -97,6 +97,22 @@ class Work:
         self._slots_held += 1
         self.pace.free -= 1
 
+    async def slot(self) -> None:
+        """Take one, when there is one."""
+        await self.pace.slot()
+        self._slots_held += 1
+
+    async def without_slot(self, wait: Awaitable[T]) -> T:
+        """What waits takes no slot from others; it goes on when there is one again."""
+        self.release_slot()
+        try:
+            result = await wait
+            await self.slot()
+        except BaseException:
+            self.take_slot()  # whoever holds it gives it back on the way out
+            raise
+        return result
+
     def release_slot(self) -> bool:
         """Whether somebody waited for it."""
         if self._slots_held <= 0:
@@ -241,7 +257,7 @@ class Work:
         except Unknown:
             doors.note("skip", o=offset)
             if epoch:
-                pace.probe_again()
+                pace.probe_again(epoch)
             return None
         except (GeneratorExit, KeyboardInterrupt):
             raise
@@ -283,8 +299,8 @@ class Work:
         if self.is_stopping:
             raise Stopped
 
-    async def wait_for_turn(self) -> None:
-        """Raises Stopped."""
+    async def wait_for_turn(self) -> bool:
+        """While the breaker is open; whether this one is the probe now. Raises Stopped."""
         self.look_later()
         turn = asyncio.get_running_loop().create_task(self.pace.wait_for_turn())
         stop = asyncio.get_running_loop().create_task(self.stop_asked.wait())
@@ -295,6 +311,7 @@ class Work:
             stop.cancel()
         if self.is_stopping:
             raise Stopped
+        return turn.result()
 
     async def insist(self, what: str, send: Callable[[], Awaitable[T]]) -> T:
         """Until it is acknowledged. What can't be written stops its partition, loudly. Raises Stopped."""
@@ -314,7 +331,8 @@ class Work:
                 await self.pause(pause)
                 pause = min(pause * 2, LONGEST_TROUBLE_SECONDS)
         finally:
-            if self._blocked.pop(this, None) is not None and not self._blocked and not self.is_stopping:
+            may_go_on = not self.is_stopping or self.policy.settles_first
+            if self._blocked.pop(this, None) is not None and not self._blocked and may_go_on:
                 self._worker.go_on()
 
     async def send_dead(self, event: Received, attempted: Attempted) -> int | None:
