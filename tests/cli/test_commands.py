@@ -262,6 +262,42 @@ def test_up_supervises_restarts_stops_and_starts(tmp_path: Path) -> None:
     assert up.returncode == 0, errors
 
 
+def test_what_up_starts_again_has_its_partitions_at_once(tmp_path: Path) -> None:
+    """S000.9: the process that takes the place of a killed one is the same member of its groups: nobody waits for a
+    session to end."""
+    up = start_up(tmp_path, "--app", "myapp:app", HEADWATER_KAFKA_SESSION_TIMEOUT_MS="45000")
+    try:
+        wait_until(lambda: bool(status(tmp_path).get("myapp", {}).get("running")), "the application")
+        servers = str(status(tmp_path)["broker"]["address"])
+
+        def committed() -> int:
+            done = headwater("groups", "describe", "watchers", "--json", servers=servers)
+            partitions = json.loads(done.stdout)["partitions"] if done.returncode == 0 else []
+            return sum(each["committed"] or 0 for each in partitions)
+
+        wait_until(lambda: "happenings" in headwater("topics", "list", servers=servers).stdout, "its topic")
+        out("produce", "happenings", "--key", "n", "--value", HAPPENED, servers=servers)
+        wait_until(lambda: committed() == 1, "the first event")
+        first = status(tmp_path)["myapp"]["pid"]
+        os.kill(int(str(first)), signal.SIGKILL)
+        out("produce", "happenings", "--key", "n", "--value", HAPPENED, servers=servers)
+        wait_until(lambda: committed() == 2, "the second one, well before the session's end", 30)
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.communicate(timeout=60)
+
+
+def test_a_port_that_is_given_counts_more_than_the_environment(tmp_path: Path) -> None:
+    """Somebody who has exported an address for the other commands gets the broker that they ask for."""
+    up = start_up(tmp_path, HEADWATER_BOOTSTRAP_SERVERS="127.0.0.1:1")
+    try:
+        wait_until(lambda: bool(status(tmp_path).get("broker", {}).get("running")), "the broker")
+    finally:
+        up.send_signal(signal.SIGTERM)
+        printed, _ = up.communicate(timeout=60)
+    assert "HEADWATER_BOOTSTRAP_SERVERS=127.0.0.1:1" in printed
+
+
 def test_up_does_not_start_again_what_no_start_can_help(tmp_path: Path) -> None:
     """An application that isn't there, or is declared wrongly, is said once; the others run."""
     up = start_up(tmp_path, "--app", "myapp:app", "--app", "nosuchmodule:app")

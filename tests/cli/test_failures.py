@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -240,6 +241,26 @@ def test_one_poison_in_ten_thousand_is_one_dead_letter_and_one_alert(embedded: E
 
     assert letter.source.value == b"\xff\x00 poison"
     assert raised == ["dead_letter"]
+
+
+def test_what_happens_often_is_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S004.14: the first at once, those of the next minute when it is over, with their count; a stop tells the rest."""
+    from headwater.runtime import alert
+
+    monkeypatch.setattr(alert, "TOGETHER_SECONDS", 0.2)
+    told: list[Any] = []
+    alerts = alert.Alerts("http://127.0.0.1:1/", "a")
+    monkeypatch.setattr(alerts, "_send", lambda content: told.append((content["count"], content["detail"])))
+    for number in range(4):
+        alerts.happened("dead_letter", "g", "t", f"offset {number}")
+    wait_until(lambda: len(told) == 2, "the rest of them")
+    monkeypatch.setattr(alert, "TOGETHER_SECONDS", 60.0)
+    wait_until(lambda: time.monotonic() > max(alerts._gather_ends.values()), "the end of the second minute")
+    alerts.happened("dead_letter", "g", "t", "offset 4")
+    alerts.happened("dead_letter", "g", "t", "offset 5")
+    alerts.close()
+
+    assert told == [(1, "offset 0"), (3, "3 more, the last: offset 3"), (1, "offset 4"), (1, "offset 5")]
 
 
 def test_alerts_are_told_once_and_once_again_on_recovery(embedded: Engine, unique: str) -> None:

@@ -1,6 +1,8 @@
 """The registry as its clients see it: over HTTP, with confluent-kafka's serializers, on both engines."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -372,6 +374,25 @@ def test_a_topic_that_confluents_registry_wrote_is_read(tmp_path: Path) -> None:
             assert ask("GET", "/subjects/b/versions?deleted=true").body == [2]
             assert registry.register("a-value", '"long"').code == 42205
             assert registry.register("c", '"string"').body == {"id": 6}
+
+
+def test_without_a_cluster_the_start_says_so() -> None:
+    """One message, exit code 1."""
+    command = [
+        sys.executable,
+        "-m",
+        "headwater",
+        "registry",
+        "--listen",
+        "127.0.0.1:0",
+        "--bootstrap-servers",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.returncode == 1
+    assert "no broker answers" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_with_the_broker_away_reads_go_on_and_writes_say_so(tmp_path: Path) -> None:

@@ -388,6 +388,11 @@ def test_what_can_not_work_is_refused_when_it_is_declared() -> None:
         @app.handler(topic, group="g")
         async def bare(event) -> None: ...  # type: ignore[no-untyped-def]
 
+    with pytest.raises(InvalidHandler, match="a Retry is needed"):
+
+        @app.handler(topic, group="g", retry=5)  # type: ignore[arg-type]
+        async def counted(event: Placed) -> None: ...
+
     with pytest.raises(InvalidTopic, match="has no such field"):
         Topic("t", key="customer_id", events=[Placed])
 

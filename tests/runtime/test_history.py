@@ -77,6 +77,15 @@ def test_each_rule_can_be_broken() -> None:
     assert broken([*held, ("done", 1, 1), ("ok", 1, 2), ("ok", 1, 3), ("ok", 1, 4)], letters=(letter(1),)) == []
 
 
+def test_at_most_once_is_checked_by_its_own_rule() -> None:
+    """C9: it commits first, so C1 and C6 say nothing; nothing is started twice, but what was redriven."""
+    begun = ("assign", 1, None, {"n": 3, "hold": False, "first": True})
+    committed = [begun, ("commit", 1, 5), ("start", 1, 0), ("ok", 1, 0), ("start", 1, 1)]
+    assert broken(committed) == []
+    assert broken([*committed, ("start", 2, 1)]) == ["C9"]
+    assert broken([*committed, ("park", 2, 1), ("start", 2, 1)]) == []
+
+
 def test_a_violation_names_its_rule_and_offsets() -> None:
     """What a person reads."""
     assert str(Violation("C2", 3, (7, 9), "late")) == "C2 partition 3 offsets 7, 9: late"

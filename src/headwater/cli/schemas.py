@@ -1,5 +1,6 @@
 """`headwater schemas`: what a registry has, and whether a schema may follow; for people and for CI jobs."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -70,9 +71,10 @@ def check(
             answer = {"subject": subject, "compatible": not messages, "level": level, "messages": messages}
             show_json(answer)
         elif messages:
+            messages = [each for each in messages if each.startswith("{errorType") or not each.startswith("{")]
             console.print(f"{file} can't follow version {versions[-1]} of {subject} ({level}):", highlight=False)
             for message in messages:
-                console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"  {_words_of(message)}", markup=False, highlight=False, soft_wrap=True)
         elif versions:
             console.print(f"{file} may follow version {versions[-1]} of {subject} ({level})", highlight=False)
         else:
@@ -99,6 +101,12 @@ class _told:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Refused | RegistryUnreachable):
             raise UserError(str(error)) from None
+
+
+def _words_of(message: str) -> str:
+    """The sentence in a registry's message."""
+    found = re.fullmatch(r"\{errorType:'(\w+)', description:'(.*)', additionalInfo:'.*'\}", message, re.DOTALL)
+    return f"{found[2]}  ({found[1]})" if found else message
 
 
 def _read(file: Path) -> str:

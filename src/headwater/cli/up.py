@@ -191,9 +191,17 @@ def up(
         return
     with explained("up"):
         data.mkdir(parents=True, exist_ok=True)
+        if _came_from(context, "port", "COMMANDLINE") and _came_from(context, "bootstrap_servers", "ENVIRONMENT"):
+            say("broker", ignores=f"HEADWATER_BOOTSTRAP_SERVERS={bootstrap_servers}", because="--port is given")
+            bootstrap_servers = None
         port_of_registry = registry_port if with_registry else None
         code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, port_of_registry, application or []))
     raise typer.Exit(code)
+
+
+def _came_from(context: typer.Context, name: str, where: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == where
 
 
 async def _supervise(data: Path, port: int, servers: str | None, registry_port: int | None, targets: list[str]) -> int:
@@ -216,7 +224,7 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
                 await asyncio.sleep(0.01)
             servers = broker.address
         else:
-            say("cluster", address=servers, broker="not started here")
+            say("cluster", address=servers, broker="not started here, as --bootstrap-servers or its variable is set")
         if registry_port is not None and importlib.util.find_spec("avro") is None:
             say(REGISTRY, state="not installed", install="pip install 'headwater[registry]'")
         elif registry_port is not None:
@@ -225,7 +233,8 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
             everyone.append(registry)
             tasks.append(asyncio.create_task(registry.supervise()))
         for target in targets:
-            everyone.append(_application(target, data, servers, [each.name for each in everyone]))
+            names = [each.name for each in everyone]
+            everyone.append(_application(target, data, servers, names, is_own=bool(names) and names[0] == BROKER))
             tasks.append(asyncio.create_task(everyone[-1].supervise()))
         await stop.wait()
     finally:
@@ -242,13 +251,18 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
     return 0
 
 
-def _application(target: str, data: Path, servers: str, taken: list[str]) -> Supervised:
+def _application(target: str, data: Path, servers: str, taken: list[str], *, is_own: bool) -> Supervised:
+    """is_own: the cluster is ours alone."""
     name = target.partition(":")[0].rpartition(".")[2]
     if name in (*taken, BROKER, REGISTRY):
         raise UserError(f"two processes would be called {name!r}: name the module of {target} otherwise.")
     environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
     if "HEADWATER_DATABASE_URL" not in os.environ:
         environment["HEADWATER_DATABASE_URL"] = f"sqlite:///{data / name}.db"
+    if (
+        is_own
+    ):  # one that died and was started again is the same member: its partitions don't wait for its session to end
+        environment["HEADWATER_KAFKA_GROUP_INSTANCE_ID"] = os.environ.get("HEADWATER_KAFKA_GROUP_INSTANCE_ID", name)
     return Supervised(name, [sys.executable, "-m", "headwater", "run", "--log-level", "warning", target], environment)
 
 

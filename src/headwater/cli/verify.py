@@ -1,5 +1,6 @@
 """`headwater verify`: whether what an application did kept its promises."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -37,6 +38,8 @@ def verify(
     """Check C1 to C8 of the failure contract. Exit code 1 and the first violation when one is broken."""
     with explained("verify"):
         client = admin(bootstrap_servers)
+        if not Path(folder).is_dir():
+            raise UserError(f"there is no folder {folder}: run the application with HEADWATER_HISTORY={folder}.")
         topic = topic or _topic_of(client, group)
         if topic not in client.partition_counts():
             raise UserError(f"there is no topic {topic}.")

@@ -91,7 +91,8 @@ class KafkaAdmin:
         except KafkaException as error:
             raise NotReachable(
                 f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
-                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT."
+                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT "
+                "(HEADWATER_BOOTSTRAP_SERVERS)."
             ) from None
 
     # Topics
@@ -254,7 +255,8 @@ class KafkaAdmin:
         except KafkaException as error:
             raise NotReachable(
                 f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
-                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT."
+                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT "
+                "(HEADWATER_BOOTSTRAP_SERVERS)."
             ) from None
 
     def _result(self, future: "Future[Any]", what: str) -> Any:

@@ -5,6 +5,8 @@ goes on fetching 5 ms after the queue was full instead of after a whole second (
 """
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -62,6 +64,7 @@ def consumer_config(settings: Settings, group: str, protocol: str | None = None)
 def _consumer_config(settings: Settings, group: str) -> dict[str, str | int | bool]:
     return {
         "bootstrap.servers": settings.bootstrap_servers,
+        "client.id": f"{socket.gethostname()}-{os.getpid()}",  # who is shown as a group's member
         "partition.assignment.strategy": "cooperative-sticky",
         "auto.offset.reset": "error",  # see `begin_at_committed`
         "fetch.queue.backoff.ms": 5,

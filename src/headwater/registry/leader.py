@@ -36,7 +36,8 @@ class Leadership:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join(10.0)
+        if self._thread.ident is not None:
+            self._thread.join(10.0)
 
     def address_of_leader(self) -> str | None:
         """Asks the cluster. None while there is none. Raises AdminError."""

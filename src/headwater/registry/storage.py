@@ -66,7 +66,8 @@ class Storage:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join(5.0)
+        if self._thread.ident is not None:
+            self._thread.join(5.0)
         if self._producer is not None:
             self._producer.close(5.0)
 

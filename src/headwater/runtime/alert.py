@@ -4,8 +4,8 @@
 
     POST {"alert": "breaker", "state": "raised", "group": "inventory", "topic": "orders", "detail": ..., "at": ISO-8601}
 
-dead_letter   events were given up on: at once for the first; those of the next minute are told with the next
-              one after it, with their count.
+dead_letter   events were given up on: at once for the first; those of the next minute are told when it is over, or
+              when the application stops, with their count. A kill -9 takes what was not told yet.
               There is no recovery.
 breaker       the handler waits for an outage to end
 tier          the lag in seconds is above the tier's alarm; over when it is below the target
@@ -42,7 +42,8 @@ class Alerts:
         self._webhook = webhook
         self._source = source
         self._raised: set[tuple[str, str]] = set()
-        self._gathered: dict[tuple[str, str], int] = {}
+        self._gathered: dict[tuple[str, str], tuple[int, str, str]] = {}
+        """How many, with the topic and the detail of the last."""
         self._gather_ends: dict[tuple[str, str], float] = {}
         self._waiting: deque[dict[str, object]] = deque(maxlen=MOST_WAITING)
         self._wake = threading.Event()
@@ -70,13 +71,27 @@ class Alerts:
         with self._lock:
             what = (alert, group)
             if time.monotonic() < self._gather_ends.get(what, 0.0):
-                self._gathered[what] = self._gathered.get(what, 0) + 1
+                count = self._gathered[what][0] if what in self._gathered else 0
+                self._gathered[what] = (count + 1, topic, detail)
+                self._wake.set()
                 return
             self._gather_ends[what] = time.monotonic() + TOGETHER_SECONDS
-            more = self._gathered.pop(what, 0)
-        self._tell(
-            alert, RAISED, group, topic, detail if not more else f"{more + 1} more, the last: {detail}", more + 1
-        )
+        self._tell(alert, RAISED, group, topic, detail)
+
+    def _tell_gathered(self) -> None:
+        """Those whose minute is over; all of them in the end."""
+        with self._lock:
+            now = time.monotonic()
+            due = [what for what in self._gathered if self._stopping or self._gather_ends[what] <= now]
+            found = [(what, self._gathered.pop(what)) for what in due]
+            self._gather_ends.update(dict.fromkeys(due, now + TOGETHER_SECONDS))
+        for (alert, group), (count, topic, detail) in found:
+            self._tell(alert, RAISED, group, topic, f"{count} more, the last: {detail}" if count > 1 else detail, count)
+
+    def _seconds_to_gathered(self) -> float | None:
+        with self._lock:
+            ends = [self._gather_ends[what] for what in self._gathered]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def _tell(self, alert: str, state: str, group: str, topic: str, detail: str, count: int = 1) -> None:
         logger.warning("alert alert=%s state=%s group=%s topic=%s detail=%s", alert, state, group, topic, detail)
@@ -109,11 +124,12 @@ class Alerts:
 
     def _run(self) -> None:
         while True:
+            self._tell_gathered()
             while self._waiting:
                 self._send(self._waiting.popleft())
-            if self._stopping:
+            if self._stopping and not self._gathered:
                 return
-            self._wake.wait()
+            self._wake.wait(self._seconds_to_gathered())
             self._wake.clear()
 
     def _send(self, content: dict[str, object]) -> None:

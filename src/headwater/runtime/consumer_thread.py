@@ -226,8 +226,15 @@ class ConsumerThread:
         return [TopicPartition(self._topic, number) for number in numbers]
 
     def _call(self, function: Callable[..., object], *arguments: object) -> None:
+        def guarded() -> None:
+            try:
+                function(*arguments)
+            except Exception as error:  # a partition that stands still in silence would be worse than an end
+                logger.exception("owner_failed topic=%s", self._topic)
+                self._failed(error)
+
         with contextlib.suppress(RuntimeError):  # the loop is closed: the application is gone
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self._loop.call_soon_threadsafe(guarded)
 
     # Rebalances, called by the client inside `take` and `close`
 

@@ -119,6 +119,10 @@ class Handler:
                             ("transaction_records", options.transaction_records)):  # fmt: skip
             if value < 1:
                 raise InvalidHandler(f"the handler {self.name} has {name}={value}: at least 1 is needed.")
+        if options.retry is not None and not isinstance(options.retry, Retry):
+            raise InvalidHandler(
+                f"the handler {self.name} has retry={options.retry!r}: a Retry is needed, as in Retry(5, '1s..1m'), or None."
+            )
         for kind, errors in (
             ("poison", options.poison),
             ("conflict", options.conflict),

@@ -133,6 +133,7 @@ class Owner:
             o=assignment.frontier,
             n=work.policy.retry.attempts if work.policy.retry is not None else None,
             hold=work.policy.giving_up is GivingUp.HOLD,
+            first=work.policy.settles_first,
             replay=assignment.progress.replay is not None,
         )
         if assignment.progress.replay is not None:

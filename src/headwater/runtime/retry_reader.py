@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from headwater.kafka.admin import AdminError
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, Gone, KafkaException, KafkaReader, Message, headers_of
 from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.owner import Owner
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 TAKE = 500
 TAKE_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
-OFFSETS_SECONDS = 5.0
 READ_BACK_RECORDS = 200
 READ_BACK_BYTES = 4 * 1024 * 1024
 READ_BACK_SECONDS = 3.0  # well below the time-out of a transaction
@@ -56,14 +55,13 @@ class RetryReader:
         self._failed = failed
         self._late: dict[int, Owner] = {}
         """Whose retry partition could not be asked yet."""
-        self._is_transactional = is_transactional
         self._changes: queue.SimpleQueue[tuple[Owner, bool]] = queue.SimpleQueue()
         self._owners: dict[int, Owner] = {}
         self._ends: dict[int, int] = {}
         """Of the partitions that are not loaded yet."""
         self._stopping = threading.Event()
         self._reader: KafkaReader | None = None
-        self._uncommitted: KafkaReader | None = None
+        self._admin: KafkaAdmin | None = None
         self._isolation = "read_committed" if is_transactional else "read_uncommitted"
         self._back: KafkaReader | None = None
         self._back_executor = DaemonExecutor(1, f"read-back-{retry_topic}")
@@ -96,8 +94,6 @@ class RetryReader:
             self._failed(error)
         finally:
             self._reader.close()
-            if self._uncommitted is not None:
-                self._uncommitted.close()
 
     def _change(self) -> None:
         """Partitions that came and went."""
@@ -127,9 +123,12 @@ class RetryReader:
     def _begin(self, added: dict[int, Owner]) -> None:
         """An empty retry partition needs no reading before its owner may go."""
         assert self._reader is not None
+        places = [(self._retry_topic, partition) for partition in added]
         try:
-            offsets = {partition: self._offsets(partition) for partition in added}
-        except KafkaException as error:
+            # Asked for all at once: the client asks for one partition of a new topic after the other, half a second each.
+            self._admin = self._admin or KafkaAdmin(self._settings)
+            starts, ends = self._admin.start_offsets(places), self._admin.end_offsets(places)
+        except AdminError as error:
             logger.warning("retry_topic_waits topic=%s error=%s", self._retry_topic, error)
             try:
                 self._grow(max(added) + 1)
@@ -139,7 +138,8 @@ class RetryReader:
             self._late = added
             return
         for partition, owner in added.items():
-            start, end = offsets[partition]
+            # The end is the true one, also beyond a transaction that is still open.
+            start, end = starts[self._retry_topic, partition], ends[self._retry_topic, partition]
             if partition in self._owners:
                 self._leave(partition)
             self._owners[partition] = owner
@@ -148,16 +148,6 @@ class RetryReader:
                 self._call(owner.loaded)
             else:
                 self._ends[partition] = end
-
-    def _offsets(self, partition: int) -> tuple[int, int]:
-        """Start and end, the true one, also beyond a transaction that is still open. Raises KafkaException."""
-        reader = self._reader
-        if self._is_transactional:
-            reader = self._uncommitted = self._uncommitted or KafkaReader(
-                self._settings, {}, isolation="read_uncommitted"
-            )
-        assert reader is not None
-        return reader.offsets(self._retry_topic, partition, OFFSETS_SECONDS)
 
     def _take(self) -> None:
         assert self._reader is not None

@@ -14,6 +14,8 @@ and dead-letter topics, its committed offsets and, if there is one, the table of
     C6  at each acknowledged commit, everything below was settled before
     C7  dead letters have the attempts that the policy says, and the source's bytes
     C8  under hold, nothing of a key is ok after a dead letter until that one is redriven or discarded
+    C9  under at_most_once, which commits first (C1 and C6 say nothing there), nothing is started twice; what was redriven,
+        and keys with such events, exempt
 """
 
 import json
@@ -193,9 +195,12 @@ class _Partition:
         self.found: list[Violation] = []
 
     def check(self, complete: bool) -> list[Violation]:
-        self._settled(complete)
+        if any(line.fields.get("first") for line in self.lines if line.event == "assign"):
+            self._starts()
+        else:
+            self._settled(complete)
+            self._commits()
         self._order()
-        self._commits()
         self._letters()
         if any(line.fields.get("hold") for line in self.lines if line.event == "assign"):
             self._holds()
@@ -219,6 +224,14 @@ class _Partition:
                 continue
             if complete or (self.committed is not None and offset < self.committed):
                 self._violated("C1", "it was neither handled, nor is it a dead letter or parked", offset)
+
+    def _starts(self) -> None:
+        """C9."""
+        starts = Counter(line.offset for line in self.lines if line.event == "start" and line.offset is not None)
+        parked = {self._key(line.offset) for line in self.lines if line.event == "park" and line.offset is not None}
+        for offset, count in sorted(starts.items()):
+            if count > 1 and offset not in self.redriven and self._key(offset) not in parked:
+                self._violated("C9", f"it was started {count} times", offset)
 
     def _order(self) -> None:
         """C2, C3, C4."""
