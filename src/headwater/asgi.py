@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-BACKLOG = 2048
+BACKLOG = 2048  # of a socket
 STOP_SECONDS = 10  # for requests that are being answered
 
 
@@ -15,14 +15,14 @@ class CannotListen(Exception):
     """The address can't be used; the message says why."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Before anything is started that would have to be stopped again; who connects waits. Raises CannotListen."""
+def bind(host: str, port: int) -> socket.socket:
+    """Before anything is started that would have to be stopped again; nobody can connect before it is served. Raises
+    CannotListen."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise CannotListen(f"{host}:{port}: {os.strerror(error.errno or 0).lower()}") from None

@@ -26,7 +26,7 @@ OPTIONS += [
 ]
 OPTIONS += [Options(has_inbox=has_inbox, kind=kind, has_retry=False) for kind in KINDS for has_inbox in (True, False)]
 FIRST_SEED = int(os.environ.get("HEADWATER_TEST_SEED", "0"))
-CHUNK = 500
+CHUNK = 400
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -51,7 +51,7 @@ def _run_chunk(first: int, options: Options) -> int:
 @pytest.mark.timeout(900)
 def test_two_hundred_thousand_schedules() -> None:
     """S001.16: the same, at length."""
-    each = 6_000
+    each = 5_600
     with ProcessPoolExecutor(max_workers=2, initializer=_quietly) as pool:
         jobs = [
             pool.submit(_run_chunk, first, options)

@@ -169,7 +169,10 @@ class KafkaProducer:
 
     def flush(self, seconds: float = FLUSH_SECONDS) -> int:
         """How many records are still under way after that time."""
-        return int(self._producer.flush(seconds))
+        try:
+            return int(self._producer.flush(seconds))
+        except confluent_kafka.KafkaException:  # after a fatal error; everything under way is told of it
+            return len(self._producer)
 
     def close(self, seconds: float = FLUSH_SECONDS) -> int:
         """Wait for what is under way, at most so long; what is left is failed. How many those were."""

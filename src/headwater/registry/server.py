@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 
-from headwater.asgi import listen, serve
+from headwater.asgi import BACKLOG, bind, serve
 from headwater.registry.http import create_app
 from headwater.registry.service import RegistryService
 from headwater.settings import Settings
@@ -18,7 +18,7 @@ async def run(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    listener = listen(host, port)
+    listener = bind(host, port)
     name, number_bound = listener.getsockname()[:2]
     address = f"http://[{name}]:{number_bound}" if ":" in name else f"http://{name}:{number_bound}"
     service = RegistryService(settings, advertised or address)
@@ -28,6 +28,7 @@ async def run(
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            listener.listen(BACKLOG)  # who connects after `ready` waits a moment at most
             print(json.dumps({"ready": address}) if say_json else f"ready {address}", flush=True)
             await serve(create_app(service), listener, stop)
     finally:

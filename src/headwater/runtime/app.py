@@ -23,7 +23,7 @@ from typing import TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from headwater.asgi import CannotListen, listen, serve
+from headwater.asgi import CannotListen, bind, serve
 from headwater.event.topic import Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.producer import (
@@ -417,7 +417,7 @@ class App:
             return None
         _, host, port = self._web
         try:
-            return listen(host, port)
+            return bind(host, port)
         except CannotListen as error:
             raise CannotStart(
                 f"{self.name} can't serve {error}. Stop what uses the port, or give `app.web` another."
