@@ -10,6 +10,10 @@ import urllib.request
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from headwater.kafka.admin import KafkaAdmin
+from headwater.registry.leader import GROUP
+from headwater.settings import Settings
+
 START_SECONDS = 60.0
 
 
@@ -73,6 +77,11 @@ class RegistryProcess(RestClient):
             process.wait()
             raise RuntimeError(f"the registry did not become ready: {line!r}")
         return cls(process, line.removeprefix("ready ").strip())
+
+    def leads(self, bootstrap_servers: str) -> bool:
+        """Whether the group of the registries says that this one writes."""
+        members = KafkaAdmin(Settings(bootstrap_servers=bootstrap_servers)).describe_group(GROUP).members
+        return any(member.client_id == self.url for member in members if member.partitions)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)

@@ -93,7 +93,7 @@ class Asked:
 
 @pytest.mark.server
 def test_every_difference_to_apicurio_is_known_and_has_a_reason(apicurio: Apicurio, tmp_path: Path) -> None:
-    """Seventy requests that build on each other: the same answers, but for those that are listed."""
+    """Some eighty requests that build on each other: the same answers, but for those that are listed."""
     with BrokerProcess.start(tmp_path / "data") as broker, RegistryProcess.start(broker.bootstrap_servers) as registry:
         ours, theirs = Asked(registry), Asked(apicurio)
         found = {

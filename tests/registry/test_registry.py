@@ -1,6 +1,8 @@
 """The registry as its clients see it: over HTTP, with confluent-kafka's serializers, on both engines."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ from confluent_kafka.serialization import MessageField, SerializationContext
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tests.kit.clients import wait_until
 from tests.kit.kafka import KafkaCluster, make_archive
-from tests.kit.registry import RegistryProcess, RestClient, body_of
+from tests.kit.registry import Answer, RegistryProcess, RestClient, body_of
 from typer.testing import CliRunner
 
 from headwater.cli.commands import app as commands
@@ -312,6 +314,29 @@ def test_what_was_answered_survives_kill_9_and_a_second_registry_takes_over(
         wait_until(lambda: fourth.register(f"{unique}-last", user(ID)).status == 200, "somebody to write", 60)
         known = {json.dumps(each) for each in before[0]}  # type: ignore[index]
         assert known <= {json.dumps(each) for each in everything(fourth)[0]}  # type: ignore[index]
+
+
+def test_a_registry_that_was_suspended_does_not_write_on_what_it_knew(servers: str, unique: str) -> None:
+    """The writer sleeps until another one writes; what it was asked in its sleep gets an id that nobody has. (both
+    engines)"""
+    with RegistryProcess.start(servers) as first, RegistryProcess.start(servers) as second:
+        wait_until(lambda: first.register(f"{unique}-a", user(ID)).status == 200, "somebody to write", 60)
+        leader, other = (first, second) if first.leads(servers) else (second, first)
+        os.kill(leader.process.pid, signal.SIGSTOP)
+        answers: list[Answer] = []
+        asked = threading.Thread(
+            target=lambda: answers.append(leader.register(f"{unique}-c", user({"name": "c", "type": "int"})))
+        )
+        try:
+            asked.start()
+            wait_until(lambda: other.register(f"{unique}-b", user(NOTE)).status == 200, "the other one to write", 60)
+        finally:
+            os.kill(leader.process.pid, signal.SIGCONT)
+        asked.join()
+        wait_until(lambda: everything(first) == everything(second), "both to know the same")
+        schemas = other.ask("GET", f"/schemas?subjectPrefix={unique}").body
+        ids = [each["id"] for each in schemas]
+        assert len(ids) == len(set(ids)) == (3 if answers[0].status == 200 else 2)
 
 
 def test_writers_at_once_get_different_ids(registry: RegistryProcess, unique: str) -> None:

@@ -56,6 +56,15 @@ def list_groups(bootstrap_servers: Servers = DEFAULT_SERVERS, json: Json = False
         show_rows(columns, rows, json, numbers=columns[2:], empty="no groups")
 
 
+class ReplayRow(msgspec.Struct, frozen=True):
+    """Events from `start` to before `end` are handled again, the others up to `until` are not."""
+
+    start: int
+    end: int
+    until: int
+    outside_effects: bool
+
+
 class PartitionRow(msgspec.Struct, frozen=True):
     """One partition of a group."""
 
@@ -68,16 +77,7 @@ class PartitionRow(msgspec.Struct, frozen=True):
     waiting: str | None
     parked: int = 0
     """How many keys are parked."""
-    replay: "ReplayRow | None" = None
-
-
-class ReplayRow(msgspec.Struct, frozen=True):
-    """Events from `start` to before `end` are handled again, the others up to `until` are not."""
-
-    start: int
-    end: int
-    until: int
-    outside_effects: bool
+    replay: ReplayRow | None = None
 
 
 def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:

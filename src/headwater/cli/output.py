@@ -18,6 +18,9 @@ from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settin
 
 WIDE = 1000  # for what is piped into a file or a program: a row is a line
 
+CANNOT_BE = 2
+"""The exit code for what no second start can help: an application that is not there, or is declared wrongly."""
+
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 errors = Console(stderr=True)
 

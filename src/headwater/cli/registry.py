@@ -33,7 +33,7 @@ def registry(
         try:
             from headwater.registry.server import run
         except ModuleNotFoundError as error:
-            raise UserError(f"it needs {error.name}: pip install 'headwater[registry]'.") from None
+            raise UserError(f"it needs {error.name}: install headwater[registry].") from None
         from headwater.asgi import CannotListen
         from headwater.event_loop import new_event_loop
         from headwater.registry.storage import StoreFailed

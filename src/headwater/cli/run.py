@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from sqlalchemy.exc import OperationalError
 
-from headwater.cli.output import UserError, explained
+from headwater.cli.output import CANNOT_BE, UserError, explained
 from headwater.event.event import NotAnEvent
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.consumer import ConsumerFailed, OutOfRange
@@ -20,8 +20,6 @@ from headwater.runtime.publish import NoTopic
 from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
 
-CANNOT_BE = 2
-"""The exit code of an application that is not there, or is declared wrongly: starting it again changes nothing."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
     CannotStart,

@@ -1,6 +1,8 @@
 """`headwater schemas`: what a registry has, and whether a schema may follow; for people and for CI jobs."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,13 +62,8 @@ def check(
         client = RegistryClient(registry)
         text, name = _read(file), _type_of(file, kind)
         messages = client.check(subject, text, name)
-        try:
-            level = client.level(subject)
-            versions = client.versions(subject)
-        except Refused as error:
-            if error.code not in UNKNOWN:
-                raise
-            level, versions = client.level(subject), []
+        level = client.level(subject)
+        versions = _versions(client, subject)
         if json:
             answer = {"subject": subject, "compatible": not messages, "level": level, "messages": messages}
             show_json(answer)
@@ -93,14 +90,23 @@ def register(
         show_json({"subject": subject, "id": id}) if json else console.print(f"{subject}: id {id}", highlight=False)
 
 
-class _told:
-    """The registry's answers are for people."""
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the registry answers is for people. Raises UserError."""
+    try:
+        yield
+    except (Refused, RegistryUnreachable) as error:
+        raise UserError(str(error)) from None
 
-    def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Refused | RegistryUnreachable):
-            raise UserError(str(error)) from None
+def _versions(client: RegistryClient, subject: str) -> list[int]:
+    """None of a subject that isn't known."""
+    try:
+        return client.versions(subject)
+    except Refused as error:
+        if error.code not in UNKNOWN:
+            raise
+        return []
 
 
 def _words_of(message: str) -> str:

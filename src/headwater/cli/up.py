@@ -20,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli.output import Json, UserError, console, explained, show_json, show_table
+from headwater.cli.output import CANNOT_BE, Json, UserError, console, explained, show_json, show_table
 
 app = typer.Typer(
     invoke_without_command=True, help="A broker, a schema registry and applications, on one machine, supervised."
@@ -31,7 +31,6 @@ LONGEST_PAUSE_SECONDS = 10.0
 STEADY_SECONDS = 30.0  # one that ran this long starts again without a pause next time
 STOP_SECONDS = 40.0  # an application has 20 s for its handlers, 10 for its requests, and some for what is under way
 MAX_SOCKET_PATH = 100  # bytes; the system's limit is 108
-CANNOT_BE = 2  # the exit code of `headwater run` for what no start can help
 BROKER = "broker"
 REGISTRY = "registry"
 
@@ -92,9 +91,7 @@ class Supervised:
             started = time.monotonic()
             code = await self._run_once()
             if not self.wanted:
-                say(self.name, state="stopped", code=code) if code not in (0, -signal.SIGTERM) else say(
-                    self.name, state="stopped"
-                )
+                say(self.name, state="stopped", **({"code": code} if code not in (0, -signal.SIGTERM) else {}))
                 continue
             if code == CANNOT_BE or (self.announces and not self.address):
                 self.first_code = code
@@ -226,7 +223,7 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
         else:
             say("cluster", address=servers, broker="not started here, as --bootstrap-servers or its variable is set")
         if registry_port is not None and importlib.util.find_spec("avro") is None:
-            say(REGISTRY, state="not installed", install="pip install 'headwater[registry]'")
+            say(REGISTRY, state="not installed", needs="headwater[registry]")
         elif registry_port is not None:
             command = [sys.executable, "-m", "headwater", "registry", "--bootstrap-servers", servers]
             registry = Supervised(REGISTRY, [*command, "--listen", f"127.0.0.1:{registry_port}"], {}, announces=True)
@@ -252,16 +249,15 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
 
 
 def _application(target: str, data: Path, servers: str, taken: list[str], *, is_own: bool) -> Supervised:
-    """is_own: the cluster is ours alone."""
+    """is_own: the cluster is ours alone, so that an application may have a name in its group: one that died and was started
+    again is the same member, and its partitions don't wait for its session to end."""
     name = target.partition(":")[0].rpartition(".")[2]
     if name in (*taken, BROKER, REGISTRY):
         raise UserError(f"two processes would be called {name!r}: name the module of {target} otherwise.")
     environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
     if "HEADWATER_DATABASE_URL" not in os.environ:
         environment["HEADWATER_DATABASE_URL"] = f"sqlite:///{data / name}.db"
-    if (
-        is_own
-    ):  # one that died and was started again is the same member: its partitions don't wait for its session to end
+    if is_own:
         environment["HEADWATER_KAFKA_GROUP_INSTANCE_ID"] = os.environ.get("HEADWATER_KAFKA_GROUP_INSTANCE_ID", name)
     return Supervised(name, [sys.executable, "-m", "headwater", "run", "--log-level", "warning", target], environment)
 

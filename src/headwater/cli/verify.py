@@ -35,11 +35,11 @@ def verify(
     bootstrap_servers: Servers = DEFAULT_SERVERS,
     json: Json = False,
 ) -> None:
-    """Check C1 to C8 of the failure contract. Exit code 1 and the first violation when one is broken."""
+    """Check C1 to C9 of the failure contract. Exit code 1 and the first violation when one is broken."""
     with explained("verify"):
-        client = admin(bootstrap_servers)
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}: run the application with HEADWATER_HISTORY={folder}.")
+        client = admin(bootstrap_servers)
         topic = topic or _topic_of(client, group)
         if topic not in client.partition_counts():
             raise UserError(f"there is no topic {topic}.")
@@ -68,7 +68,7 @@ def verify(
                 console.print(f"{len(report.violations)} violations in all: --json has them", highlight=False)
             else:
                 unchecked = "" if database is not None else "; C5 was not checked: no --effects"
-                console.print(f"[green]kept[/] C1 to C8 hold{unchecked}", highlight=False)
+                console.print(f"[green]kept[/] C1 to C9 hold{unchecked}", highlight=False)
         if report.violations:
             raise typer.Exit(1)
 

@@ -86,14 +86,7 @@ class KafkaAdmin:
 
     def check_reachable(self, seconds: float = 5.0) -> None:
         """Raises NotReachable."""
-        try:
-            self._client.list_topics(timeout=seconds)
-        except KafkaException as error:
-            raise NotReachable(
-                f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
-                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT "
-                "(HEADWATER_BOOTSTRAP_SERVERS)."
-            ) from None
+        self._metadata(seconds)
 
     # Topics
 
@@ -249,9 +242,10 @@ class KafkaAdmin:
         """Raises AdminError."""
         self._result(self._client.delete_consumer_groups([group])[group], f"the group {group} can't be deleted")
 
-    def _metadata(self) -> ClusterMetadata:
+    def _metadata(self, seconds: float = TIMEOUT_SECONDS) -> ClusterMetadata:
+        """Raises NotReachable."""
         try:
-            return self._client.list_topics(timeout=TIMEOUT_SECONDS)
+            return self._client.list_topics(timeout=seconds)
         except KafkaException as error:
             raise NotReachable(
                 f"no broker answers at {self._servers} ({error.args[0].str()}).\n"

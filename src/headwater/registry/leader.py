@@ -6,6 +6,7 @@ asked. A member that can't reach the cluster loses the partition with its sessio
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 GROUP = "schema-registry"
 TURN_SECONDS = 0.2
 TROUBLE_SECONDS = 1.0
+UNSURE_SECONDS = 2.0
+"""Without a word from the group for this long, it may have gone on without us: a third of the session's time-out."""
 
 
 class Leadership:
@@ -30,6 +33,7 @@ class Leadership:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leadership", daemon=True)
         self._admin: KafkaAdmin | None = None
+        self._turned = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -38,6 +42,11 @@ class Leadership:
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join(10.0)
+
+    @property
+    def is_sure(self) -> bool:
+        """Not after a pause in which the group may have gone on without this member: a suspended process, say."""
+        return time.monotonic() - self._turned < UNSURE_SECONDS
 
     def address_of_leader(self) -> str | None:
         """Asks the cluster. None while there is none. Raises AdminError."""
@@ -61,6 +70,7 @@ class Leadership:
         while not self._stopping.is_set():
             try:
                 consumer.poll_paused(TURN_SECONDS)
+                self._turned = time.monotonic()
             except (ConsumerFailed, AdminError) as error:
                 logger.warning("leadership_unknown error=%s", error)
                 self._stopping.wait(TROUBLE_SECONDS)

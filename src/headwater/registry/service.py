@@ -68,7 +68,9 @@ class RegistryService:
 
     async def _lead(self) -> None:
         """Raises NotLeader, StoreFailed."""
-        if not self._is_leader:
+        if not self._leadership.is_sure:
+            self._is_current = False
+        if not (self._is_leader and self._leadership.is_sure):
             address = await self._address_of_leader()
             if address != self._address:
                 raise NotLeader(address)
