@@ -54,6 +54,8 @@ MUTANTS = [
     Mutant("a registry that was suspended asks who writes", "src/headwater/registry/leader.py",
            "return time.monotonic() - self._turned < UNSURE_SECONDS", "return True",
            "tests/registry/test_registry.py::test_a_registry_that_was_suspended_does_not_write_on_what_it_knew"),
+    Mutant("an answer that was lost is no offset", "src/headwater/kafka/admin.py", "if answer.offset == OFFSET_INVALID:", "if False:",
+           "tests/faults/test_retry_topic.py::test_an_end_that_is_not_known_is_never_taken_for_one"),
     Mutant("a full disk is told, and passes", BROKER + "node.py", "FULL = (errno.ENOSPC, ", "FULL = (",
            "tests/log/test_power_cut.py::test_a_full_disk_refuses_produce_and_loses_nothing"),
     Mutant("a retry is not appended again", LOG + "producer_state.py",

@@ -17,13 +17,16 @@ from confluent_kafka.admin import (
 )
 
 from headwater import App, Event, Retry, Topic
-from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.settings import Settings
 from headwater.testing.broker import BrokerProcess
 from tests.kit.clients import wait_until
 from tests.kit.kafka import KafkaCluster
 from tests.kit.mount import mounted
 from tests.kit.running import CLIENT, Running
+from tests.kit.severing import SeveringProxy
+
+LIST_OFFSETS = 2
 
 AUTHORIZER = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -178,3 +181,27 @@ def test_a_full_disk_loses_nothing_and_is_over_when_there_is_room(
             shop.tries = 5
             wait_until(lambda: shop.is_through(30) and len(shop.seen) == 30, "the rest", 90)
         shop.check(30)
+
+
+def test_an_end_that_is_not_known_is_never_taken_for_one(tmp_path: Path) -> None:
+    """A broker that dies between the question for a partition's end and the answer: an error, not a number. The client says
+    success then, with no offset; taken for an end it would say that nothing is parked."""
+    with SeveringProxy(api_key=LIST_OFFSETS) as proxy:
+        settings = {"advertised.listeners": f"PLAINTEXT://{proxy.address}"}
+        with BrokerProcess.start(tmp_path / "data", settings) as broker:
+            proxy.start(broker.bootstrap_servers)
+            admin = KafkaAdmin(Settings(proxy.address))
+            admin.create_topic("parked", 3)
+            places = [("parked", index) for index in range(3)]
+            wait_until(lambda: _known(admin, places), "the topic's leaders")
+            proxy.is_armed = True
+            with pytest.raises(AdminError, match="parked"):
+                admin.end_offsets(places)
+            assert proxy.severed.is_set()
+
+
+def _known(admin: KafkaAdmin, places: list[tuple[str, int]]) -> bool:
+    try:
+        return set(admin.end_offsets(places).values()) == {0}
+    except AdminError:
+        return False

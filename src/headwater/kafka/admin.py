@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from confluent_kafka import (
+    OFFSET_INVALID,
     ConsumerGroupTopicPartitions,
     KafkaException,
     TopicCollection,
@@ -168,13 +169,17 @@ class KafkaAdmin:
     # Offsets
 
     def offsets(self, partitions: Sequence[tuple[str, int]], spec: OffsetSpec) -> dict[tuple[str, int], int]:
-        """Raises AdminError."""
+        """Those that are known, -1 where there is none at that time. Raises AdminError."""
         if not partitions:
             return {}
         wanted = {TopicPartition(topic, index): spec for topic, index in partitions}
         found = {}
         for place, future in self._client.list_offsets(wanted).items():
             answer = self._result(future, f"the offsets of {place.topic}-{place.partition} can't be read")
+            if answer.offset == OFFSET_INVALID:  # the client's way to say that the leader's answer was lost
+                raise NotReachable(
+                    f"no answer about the offsets of {place.topic}-{place.partition}: its leader is away"
+                )
             found[place.topic, place.partition] = answer.offset
         return found
 

@@ -134,6 +134,7 @@ class RetryReader:
                 self._grow(max(added) + 1)
             except AdminError as trouble:
                 logger.error("retry_topic_missing topic=%s error=%s", self._retry_topic, trouble)
+            self._admin = None  # it would go on with the leaders that it knows
             self._stopping.wait(TROUBLE_SECONDS)
             self._late = added
             return
