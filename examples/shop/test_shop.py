@@ -265,7 +265,7 @@ def test_an_order_exists_if_and_only_if_its_event_is_published(embedded: Engine,
     count = sum(admin.end_offsets([(topic, index) for index in range(20)]).values())
     decoder = Decoder([OrderCreated])
     published = {
-        decoder.decode(record.value).data.order_id
+        decoder.decode(record.value or b"").data.order_id
         for record in Confluent().consume(embedded.bootstrap_servers, topic, count)
     }
     assert {order_id for order_id in published if order_id.startswith(unique)} == saved

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from headwater.event.envelope import Envelope, Metadata
-    from headwater.event.event import Event
+    from headwater.event.event import Event, Tombstone
     from headwater.event.topic import Topic
     from headwater.kafka.producer import NotPublished, Profile
     from headwater.runtime.app import App
@@ -32,6 +32,7 @@ PUBLIC = {
     "Retry": "headwater.runtime.retry",
     "Settings": "headwater.settings",
     "Tier": "headwater.runtime.handler",
+    "Tombstone": "headwater.event.event",
     "Topic": "headwater.event.topic",
     "UnitOfWork": "headwater.store.unit_of_work",
 }
@@ -48,6 +49,7 @@ __all__ = [
     "Retry",
     "Settings",
     "Tier",
+    "Tombstone",
     "Topic",
     "UnitOfWork",
 ]

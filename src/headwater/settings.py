@@ -3,6 +3,8 @@
 HEADWATER_BOOTSTRAP_SERVERS   HOST:PORT[,HOST:PORT...]         127.0.0.1:9092
 HEADWATER_DATABASE_URL        SQLAlchemy's, sync or async       none
 HEADWATER_CREATE_TOPICS       true | false                      true
+HEADWATER_REGISTRY_URL        of the schema registry           http://127.0.0.1:8081
+HEADWATER_REGISTER_SCHEMAS    true | false                      true
 HEADWATER_ALERT_WEBHOOK       where alerts are posted          none
 HEADWATER_HISTORY             a folder for histories           none
 HEADWATER_KAFKA_<NAME>        a property of the Kafka client, with _ for .
@@ -15,11 +17,19 @@ from urllib.parse import urlsplit
 
 PREFIX = "HEADWATER_"
 KAFKA_PREFIX = "HEADWATER_KAFKA_"
-KNOWN = ("BOOTSTRAP_SERVERS", "DATABASE_URL", "CREATE_TOPICS", "ALERT_WEBHOOK", "HISTORY")
+KNOWN = (
+    "BOOTSTRAP_SERVERS",
+    "DATABASE_URL",
+    "CREATE_TOPICS",
+    "REGISTRY_URL",
+    "REGISTER_SCHEMAS",
+    "ALERT_WEBHOOK",
+    "HISTORY",
+)
 # Settings of the tests and tools of the project itself, and of commands, not of an application.
 ELSEWHERE = ("REQUIRE_ALL", "CACHE")
-OF_COMMANDS = ("REGISTRY_URL",)
 DEFAULT_BOOTSTRAP_SERVERS = "127.0.0.1:9092"
+DEFAULT_REGISTRY_URL = "http://127.0.0.1:8081"
 
 
 class InvalidSetting(ValueError):
@@ -31,6 +41,8 @@ class Settings:
     bootstrap_servers: str = DEFAULT_BOOTSTRAP_SERVERS
     database_url: str | None = None
     create_topics: bool = True
+    registry_url: str = DEFAULT_REGISTRY_URL
+    register_schemas: bool = True
     kafka: Mapping[str, str] = field(default_factory=dict)
     """Properties of the Kafka client, by their own names."""
     alert_webhook: str | None = None
@@ -45,7 +57,7 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
     for name, value in environment.items():
         if name.startswith(KAFKA_PREFIX):
             kafka[name.removeprefix(KAFKA_PREFIX).lower().replace("_", ".")] = value
-        elif name.startswith(PREFIX) and name.removeprefix(PREFIX) not in (*ELSEWHERE, *OF_COMMANDS):
+        elif name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ELSEWHERE:
             values[name.removeprefix(PREFIX)] = value
     for name in values:
         if name not in KNOWN:
@@ -58,6 +70,8 @@ def from_environment(environment: Mapping[str, str]) -> Settings:
         bootstrap_servers=values.get("BOOTSTRAP_SERVERS", DEFAULT_BOOTSTRAP_SERVERS),
         database_url=values.get("DATABASE_URL"),
         create_topics=_flag("CREATE_TOPICS", values.get("CREATE_TOPICS", "true")),
+        registry_url=_url("REGISTRY_URL", values.get("REGISTRY_URL")) or DEFAULT_REGISTRY_URL,
+        register_schemas=_flag("REGISTER_SCHEMAS", values.get("REGISTER_SCHEMAS", "true")),
         kafka=kafka,
         alert_webhook=_url("ALERT_WEBHOOK", values.get("ALERT_WEBHOOK")),
         history=values.get("HISTORY"),

@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from headwater.broker.broker_config import OWN_KEYS
 from headwater.broker.dispatch import APIS
 from headwater.broker.topic_config import TOPIC_KEYS
+from headwater.event.codec import Decoder, encode
+from headwater.event.envelope import Cause
+from headwater.runtime.schemas import schemas_of
 from headwater.settings import KNOWN
 from tests.kit.clients import wait_until
 
@@ -57,6 +61,22 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(content)
 
     run_up(tmp_path, ["writer:app", "reader:app"], ["hello ada, your order o-"])
+
+
+def test_the_classes_of_the_schemas_page_have_the_schemas_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The topic's subject, and the upcast from the page's first version to its second."""
+    first, second, _ = blocks("docs/how-to/schemas.md", "python")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    (schema,) = schemas_of([names["orders"]])
+    assert f"{schema.subject}.avsc" in (ROOT / "docs/how-to/schemas.md").read_text()
+    exec(second, names)
+    newest = names["OrderPlaced"]
+    finish = Decoder([newest])
+    value = encode(newest("o-1", 5), "shop", Cause("c", None)).value
+    assert value is not None
+    old = value.replace(b'"cents":5', b'"euros":12.5').replace(b'"eventVersion":"v2"', b'"eventVersion":"v1"')
+    assert finish.decode(old).data == newest("o-1", 1250)
 
 
 def test_the_apis_of_the_compatibility_page_are_those_of_the_broker() -> None:

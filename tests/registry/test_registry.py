@@ -23,7 +23,7 @@ from tests.kit.registry import Answer, RegistryProcess, RestClient, body_of
 from typer.testing import CliRunner
 
 from headwater.cli.commands import app as commands
-from headwater.registry.schema import MAX_BYTES
+from headwater.schema.schema import MAX_BYTES
 from headwater.testing.broker import BrokerProcess
 
 pytestmark = pytest.mark.server

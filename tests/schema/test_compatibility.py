@@ -11,10 +11,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from headwater.registry.avro_format import AvroSchema
-from headwater.registry.json_format import JsonSchema
-from headwater.registry.protobuf_format import ProtobufSchema
-from headwater.registry.schema import InvalidSchema
+from headwater.schema.avro import AvroSchema
+from headwater.schema.json_schema import JsonSchema
+from headwater.schema.protobuf import ProtobufSchema
+from headwater.schema.schema import InvalidSchema
 
 
 def kinds(reader: Any, writer: Any) -> list[str]:

@@ -12,17 +12,21 @@ from headwater.event.event import NotAnEvent
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.consumer import ConsumerFailed, OutOfRange
 from headwater.kafka.producer import NotPublished
+from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
 from headwater.runtime.publish import NoTopic
+from headwater.runtime.schemas import UnusableSchema
 from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
     CannotStart,
+    RegistryUnreachable,
+    UnusableSchema,
     ConsumerFailed,
     InvalidDatabase,
     InvalidHandler,

@@ -9,12 +9,17 @@ from typing import Annotated
 import typer
 
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
-from headwater.registry.client import Refused, RegistryClient, RegistryUnreachable
+from headwater.kafka.registry_client import Refused, RegistryClient, RegistryUnreachable
+from headwater.runtime.app import CannotStart
+from headwater.runtime.lifecycle import load
+from headwater.runtime.schemas import UnusableSchema, schemas_of
+from headwater.schema.schema import SchemaType
+from headwater.settings import DEFAULT_REGISTRY_URL as DEFAULT_REGISTRY
 
 app = typer.Typer(no_args_is_help=True, help="Schemas: list, show, check, register.")
 
-DEFAULT_REGISTRY = "http://127.0.0.1:8081"
 TYPES = {".avsc": "AVRO", ".avro": "AVRO", ".json": "JSON", ".proto": "PROTOBUF"}
+SUFFIXES = {SchemaType.AVRO: ".avsc", SchemaType.JSON: ".json", SchemaType.PROTOBUF: ".proto"}
 UNKNOWN = (40401, 40402)
 
 Registry = Annotated[
@@ -88,6 +93,29 @@ def register(
     with explained("schemas register"), _told():
         id = RegistryClient(registry).register(subject, _read(file), _type_of(file, kind))
         show_json({"subject": subject, "id": id}) if json else console.print(f"{subject}: id {id}", highlight=False)
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.inventory:app.")],
+    folder: Annotated[Path, typer.Argument(help="Where a file for each event goes: SUBJECT.avsc, .json or .proto.")],
+    json: Json = False,
+) -> None:
+    """Write the schemas of an application's events, for `check` and `register`, or to look at."""
+    with explained("schemas export"):
+        try:
+            schemas = schemas_of(load(target).topics)
+        except (CannotStart, UnusableSchema) as error:
+            raise UserError(str(error)) from None
+        if not schemas:
+            raise UserError(f"{target} has no topic with a schema: Topic(..., schema='avro').")
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for each in schemas:
+            path = folder / f"{each.subject}{SUFFIXES[each.type]}"
+            path.write_text(each.text + ("" if each.text.endswith("\n") else "\n"))
+            written.append((each.subject, each.type, str(path)))
+        show_rows(("subject", "type", "file"), written, json, empty="")
 
 
 @contextmanager

@@ -191,6 +191,10 @@ def up(
         if _came_from(context, "port", "COMMANDLINE") and _came_from(context, "bootstrap_servers", "ENVIRONMENT"):
             say("broker", ignores=f"HEADWATER_BOOTSTRAP_SERVERS={bootstrap_servers}", because="--port is given")
             bootstrap_servers = None
+        named = os.environ.get("HEADWATER_REGISTRY_URL")
+        if named is not None and with_registry and not _came_from(context, "registry_port", "COMMANDLINE"):
+            say(REGISTRY, address=named, process="not started here, as HEADWATER_REGISTRY_URL is set")
+            with_registry = False
         port_of_registry = registry_port if with_registry else None
         code = asyncio.run(_supervise(data.resolve(), port, bootstrap_servers, port_of_registry, application or []))
     raise typer.Exit(code)
@@ -222,6 +226,7 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
             servers = broker.address
         else:
             say("cluster", address=servers, broker="not started here, as --bootstrap-servers or its variable is set")
+        environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
         if registry_port is not None and importlib.util.find_spec("avro") is None:
             say(REGISTRY, state="not installed", needs="headwater[registry]")
         elif registry_port is not None:
@@ -229,9 +234,12 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
             registry = Supervised(REGISTRY, [*command, "--listen", f"127.0.0.1:{registry_port}"], {}, announces=True)
             everyone.append(registry)
             tasks.append(asyncio.create_task(registry.supervise()))
+            while registry_port == 0 and not registry.address and registry.first_code is None and not stop.is_set():
+                await asyncio.sleep(0.01)
+            environment["HEADWATER_REGISTRY_URL"] = registry.address or f"http://127.0.0.1:{registry_port}"
         for target in targets:
             names = [each.name for each in everyone]
-            everyone.append(_application(target, data, servers, names, is_own=bool(names) and names[0] == BROKER))
+            everyone.append(_application(target, data, environment, names, is_own=bool(names) and names[0] == BROKER))
             tasks.append(asyncio.create_task(everyone[-1].supervise()))
         await stop.wait()
     finally:
@@ -248,13 +256,13 @@ async def _supervise(data: Path, port: int, servers: str | None, registry_port: 
     return 0
 
 
-def _application(target: str, data: Path, servers: str, taken: list[str], *, is_own: bool) -> Supervised:
+def _application(target: str, data: Path, environment: dict[str, str], taken: list[str], *, is_own: bool) -> Supervised:
     """is_own: the cluster is ours alone, so that an application may have a name in its group: one that died and was started
     again is the same member, and its partitions don't wait for its session to end."""
     name = target.partition(":")[0].rpartition(".")[2]
     if name in (*taken, BROKER, REGISTRY):
         raise UserError(f"two processes would be called {name!r}: name the module of {target} otherwise.")
-    environment = {"HEADWATER_BOOTSTRAP_SERVERS": servers}
+    environment = dict(environment)
     if "HEADWATER_DATABASE_URL" not in os.environ:
         environment["HEADWATER_DATABASE_URL"] = f"sqlite:///{data / name}.db"
     if is_own:

@@ -11,9 +11,11 @@ field names.
 
 import dataclasses
 from functools import lru_cache
-from typing import ClassVar, TypeAlias, dataclass_transform
+from typing import ClassVar, Protocol, TypeAlias, dataclass_transform
 
 import msgspec
+
+from headwater.event.upcast import Upcasts
 
 
 @dataclass_transform(frozen_default=True)
@@ -25,12 +27,47 @@ class Event(msgspec.Struct, metaclass=EventMeta, frozen=True, rename="camel"):
     """The base of typed events."""
 
     event_version: ClassVar[str] = "v1"
+    event_namespace: ClassVar[str] = ""
+    """Before the type's name in a schema: Avro's namespace, Protobuf's package."""
+    upcasts: ClassVar[Upcasts] = {}
+    """See headwater.event.upcast."""
 
 
 @lru_cache(maxsize=10_000)
 def is_pydantic(cls: type) -> bool:
     """Whether it is a pydantic model; pydantic itself is not imported."""
     return hasattr(cls, "model_validate_json")
+
+
+class Tombstone:
+    """There is nothing any more under this key: a record without a value, in a compacted topic.
+
+    It is published like an event, `uow.publish(Tombstone(order_states, "o-1"))`, and handled by a handler that says so,
+    `event: OrderState | Tombstone`; others pass it over.
+    """
+
+    __slots__ = ("key", "topic")
+    event_version: ClassVar[str] = "v1"
+
+    def __init__(self, topic: "HasName", key: object) -> None:
+        """topic: a Topic. key: as the field that is the topic's key has it, or its bytes."""
+        self.topic = topic
+        self.key = key if isinstance(key, bytes) else str(key).encode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tombstone) and (self.topic.name, self.key) == (other.topic.name, other.key)
+
+    def __hash__(self) -> int:
+        return hash((self.topic.name, self.key))
+
+    def __repr__(self) -> str:
+        return f"Tombstone({self.topic.name!r}, {self.key!r})"
+
+
+class HasName(Protocol):
+    """A topic, as far as a tombstone knows it."""
+
+    name: str
 
 
 AnyEvent: TypeAlias = object
@@ -53,3 +90,11 @@ def event_type(cls: type) -> str:
 
 def event_version(cls: type) -> str:
     return getattr(cls, "event_version", "v1")
+
+
+def event_upcasts(cls: type) -> Upcasts:
+    return getattr(cls, "upcasts", {})
+
+
+def event_namespace(cls: type) -> str:
+    return getattr(cls, "event_namespace", "")

@@ -12,7 +12,8 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
-from headwater.event.event import check_event_class
+from headwater.event.event import Tombstone, check_event_class, event_namespace, event_type
+from headwater.schema.schema import SchemaType
 from headwater.settings import duration_seconds
 
 FOREVER = "forever"
@@ -33,11 +34,14 @@ class Topic:
         retention: str | None = None,
         compacted: bool = False,
         configs: Mapping[str, str] | None = None,
+        schema: str | None = None,
     ) -> None:
         """Raises InvalidTopic, NotAnEvent, InvalidSetting.
 
         retention: a duration (`7d`, `1y`), "forever", or None for the broker's own.
         configs: further topic configs by Kafka's names.
+        schema: avro, json or protobuf: values are data behind the id of a schema in a registry, one subject for each event,
+        `<topic>-<namespace.Name>`. None: values are envelopes, as JSON.
         """
         if partitions < 1:
             raise InvalidTopic(f"the topic {name} has {partitions} partitions: at least 1 is needed.")
@@ -55,6 +59,7 @@ class Topic:
         self.events = tuple(events)
         self.partitions = partitions
         self.configs = dict(configs or {})
+        self.schema = _schema_type(name, schema)
         if retention is not None:
             seconds = -1 if retention == FOREVER else duration_seconds(retention)
             self.configs["retention.ms"] = str(round(seconds * 1000) if seconds >= 0 else -1)
@@ -66,7 +71,7 @@ class Topic:
 
     def key_of(self, event: Any) -> bytes:
         """The key of one event, as it goes on the wire. Raises InvalidTopic for an event without one."""
-        value = getattr(event, self.key)
+        value = event.key if isinstance(event, Tombstone) else getattr(event, self.key)
         if value is None or value == "" or value == b"":
             raise InvalidTopic(f"this {type(event).__name__} has an empty {self.key}: {self.name} is ordered by it.")
         if isinstance(value, bytes):
@@ -82,8 +87,21 @@ class Topic:
     def is_compacted(self) -> bool:
         return "compact" in self.configs.get("cleanup.policy", "")
 
+    def subject_of(self, cls: type) -> str:
+        """Where the registry has the schemas of this event: Confluent's TopicRecordNameStrategy."""
+        return f"{self.name}-{'.'.join(part for part in (event_namespace(cls), event_type(cls)) if part)}"
+
     def __repr__(self) -> str:
         return f"Topic({self.name!r})"
+
+
+def _schema_type(topic: str, name: str | None) -> SchemaType | None:
+    """Raises InvalidTopic."""
+    if name is None:
+        return None
+    if name.upper() not in SchemaType.__members__:
+        raise InvalidTopic(f"the topic {topic} has schema={name!r}: avro, json or protobuf.")
+    return SchemaType(name.upper())
 
 
 def field_names(cls: type) -> tuple[str, ...]:

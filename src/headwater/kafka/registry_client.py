@@ -1,11 +1,14 @@
-"""A client of any registry with Confluent's API: what the command line needs, over the standard library's HTTP."""
+"""A client of any registry with Confluent's API, over the standard library's HTTP: what an application and the command line
+need of one. A name and a password are those of the URL, `https://user:password@host`."""
 
-import urllib.error
-import urllib.parse
-import urllib.request
-from typing import Any
+import base64
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
+
+if TYPE_CHECKING:
+    from urllib.error import HTTPError
 
 SECONDS = 15.0
 MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
@@ -26,7 +29,12 @@ class Refused(Exception):
 
 class RegistryClient:
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        parts = urlsplit(url.rstrip("/"))
+        self._url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        self._headers = {"Content-Type": MEDIA_TYPE}
+        if parts.username is not None:
+            said = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self._headers["Authorization"] = "Basic " + base64.b64encode(said.encode()).decode()
 
     def subjects(self) -> list[str]:
         return list(self.ask("GET", "/subjects"))
@@ -43,6 +51,13 @@ class RegistryClient:
     def register(self, subject: str, schema: str, kind: str) -> int:
         return int(self.ask("POST", f"/subjects/{_quoted(subject)}/versions", _body(schema, kind))["id"])
 
+    def look_up(self, subject: str, schema: str, kind: str) -> int:
+        """The id of what is registered there already."""
+        return int(self.ask("POST", f"/subjects/{_quoted(subject)}", _body(schema, kind))["id"])
+
+    def schema(self, id: int) -> dict[str, Any]:
+        return dict(self.ask("GET", f"/schemas/ids/{id}"))
+
     def check(self, subject: str, schema: str, kind: str) -> list[str]:
         """What stands against it, by the subject's level."""
         path = f"/compatibility/subjects/{_quoted(subject)}/versions?verbose=true"
@@ -51,12 +66,14 @@ class RegistryClient:
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """Raises RegistryUnreachable, Refused."""
+        from urllib.error import HTTPError  # a third of what an application's start may cost: for those that need it
+        from urllib.request import Request, urlopen
+
         data = msgspec.json.encode(body) if body is not None else None
-        request = urllib.request.Request(self._url + path, data, method=method, headers={"Content-Type": MEDIA_TYPE})
         try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+            with urlopen(Request(self._url + path, data, self._headers, method=method), timeout=SECONDS) as answer:
                 return msgspec.json.decode(answer.read())
-        except urllib.error.HTTPError as error:
+        except HTTPError as error:
             raise _refused(error) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
@@ -66,7 +83,7 @@ class RegistryClient:
             ) from None
 
 
-def _refused(error: urllib.error.HTTPError) -> Refused:
+def _refused(error: "HTTPError") -> Refused:
     try:
         answer = msgspec.json.decode(error.read())
         return Refused(error.code, int(answer["error_code"]), str(answer["message"]))
@@ -75,7 +92,7 @@ def _refused(error: urllib.error.HTTPError) -> Refused:
 
 
 def _quoted(part: str) -> str:
-    return urllib.parse.quote(part, safe="")
+    return quote(part, safe="")
 
 
 def _body(schema: str, kind: str) -> dict[str, str]:

@@ -19,13 +19,13 @@ from starlette.routing import Route
 
 from headwater import __version__
 from headwater.registry import errors
-from headwater.registry.compatibility import Level
 from headwater.registry.errors import RegistryError
 from headwater.registry.record import ConfigValue
-from headwater.registry.schema import MAX_BYTES, Reference, Schema, SchemaType
 from headwater.registry.service import NotLeader, RegistryService
 from headwater.registry.storage import StoreFailed
 from headwater.registry.subject import DEFAULT_CONTEXT, Mode, Version, context_of
+from headwater.schema.compatibility import Level
+from headwater.schema.schema import MAX_BYTES, Reference, Schema, SchemaType
 
 MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
 FORWARDED = "X-Forward"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from headwater.registry.schema import Reference
+from headwater.schema.schema import Reference
 
 
 class SchemaKey(msgspec.Struct, frozen=True, kw_only=True, tag_field="keytype", tag="SCHEMA"):

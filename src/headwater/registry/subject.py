@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from headwater.registry import errors
-from headwater.registry.compatibility import Earlier, Level, differences
 from headwater.registry.record import (
     ConfigKey,
     ConfigValue,
@@ -28,7 +27,8 @@ from headwater.registry.record import (
     SchemaKey,
     SchemaValue,
 )
-from headwater.registry.schema import MAX_BYTES, InvalidSchema, Parsed, Reference, Schema, SchemaType
+from headwater.schema.compatibility import Earlier, Level, differences
+from headwater.schema.schema import MAX_BYTES, InvalidSchema, Parsed, Reference, Schema, SchemaType
 
 DEFAULT_CONTEXT = "."
 PARSED_KEPT = 200
@@ -405,14 +405,14 @@ class Registry:
 def _parse(kind: SchemaType, text: str, references: Mapping[str, str]) -> Parsed:
     """Each format's libraries are loaded when it is first met: they are large. Raises InvalidSchema."""
     if kind is SchemaType.AVRO:
-        from headwater.registry.avro_format import AvroSchema
+        from headwater.schema.avro import AvroSchema
 
         return AvroSchema(text, references)
     if kind is SchemaType.JSON:
-        from headwater.registry.json_format import JsonSchema
+        from headwater.schema.json_schema import JsonSchema
 
         return JsonSchema(text, references)
-    from headwater.registry.protobuf_format import ProtobufSchema
+    from headwater.schema.protobuf import ProtobufSchema
 
     return ProtobufSchema(text, references)
 

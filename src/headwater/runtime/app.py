@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from headwater.asgi import CannotListen, bind, serve
+from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.producer import (
@@ -41,6 +42,7 @@ from headwater.runtime.publish import Router
 from headwater.runtime.relay import Relay
 from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
 from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
+from headwater.runtime.schemas import Schemas
 from headwater.runtime.subscription import Subscription, Surroundings
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
 from headwater.runtime.transaction import unique_id
@@ -94,6 +96,7 @@ class App:
         self._before: list[Callable[[], Awaitable[None]]] = []
         self._alerts = Alerts(self.settings.alert_webhook, name)
         self._history: History | None = None
+        self._schemas = Schemas(self.settings)
         self._topic_ids: dict[str, str] = {}
         self._retentions: dict[str, int] = {}
 
@@ -240,6 +243,7 @@ class App:
         self._check_handlers()
         await loop.run_in_executor(None, self._create_topics)
         await loop.run_in_executor(None, self._check_transactions)
+        self._router.framed = await loop.run_in_executor(None, self._schemas.prepare, self.topics)
         if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
         if self.settings.history is not None and self._history is None:
@@ -272,7 +276,7 @@ class App:
                     f"the handler {handler.name} takes a UnitOfWork, but there is no database: set HEADWATER_DATABASE_URL."
                 )
             for cls in handler.returns:
-                if not self._router.lists(cls):
+                if cls is not Tombstone and not self._router.lists(cls):
                     raise InvalidHandler(
                         f"the handler {handler.name} returns {cls.__name__}, which no topic of the application lists: "
                         f"give the App its topic, App({self.name!r}, topics=[...])."
@@ -399,6 +403,7 @@ class App:
             self._history,
             failed,
             self._router.encode,
+            self._schemas,
             self._grow,
         )
         subscriptions = [

@@ -1,7 +1,7 @@
 """What the owner of a partition is given: the assignment, its handler's policy, and the doors to the outside."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from headwater.runtime.frontier import Progress
 from headwater.runtime.lane import Attempted, Key
@@ -12,9 +12,13 @@ from headwater.runtime.retry_topic import ParkedRecord, Request
 class Received(Protocol):
     """A record of the source topic: a client's message, or what was read back from the retry topic."""
 
+    def partition(self) -> int | None: ...
     def offset(self) -> int | None: ...
     def key(self) -> bytes | None: ...
     def value(self) -> bytes | None: ...
+    def headers(self) -> Iterable[Any] | None:
+        """Names and values."""
+
     def timestamp(self) -> tuple[int, int]: ...
 
 
@@ -93,10 +97,14 @@ class Failure(NamedTuple):
 class ReadBack:
     """A parked record, as the source had it."""
 
-    __slots__ = ("source",)
+    __slots__ = ("_partition", "source")
 
-    def __init__(self, record: ParkedRecord) -> None:
+    def __init__(self, record: ParkedRecord, partition: int) -> None:
         self.source = record.source
+        self._partition = partition
+
+    def partition(self) -> int:
+        return self._partition
 
     def offset(self) -> int:
         return self.source.offset
@@ -106,6 +114,9 @@ class ReadBack:
 
     def value(self) -> bytes | None:
         return self.source.value
+
+    def headers(self) -> list[tuple[str, str | bytes | None]]:
+        return self.source.headers
 
     def timestamp(self) -> tuple[int, int]:
         return (1, self.source.timestamp_ms)

@@ -15,8 +15,10 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
 
-from headwater.event.codec import Undecodable, Unknown
+from headwater.event.codec import SchemaMissing, Undecodable, Unknown, tombstone_of
+from headwater.event.data_format import WriterSchema
 from headwater.event.envelope import Cause, Envelope, set_cause
+from headwater.event.event import Tombstone
 from headwater.runtime.assignment import Received
 from headwater.runtime.handler import Handler
 from headwater.runtime.lane import Attempted
@@ -51,28 +53,68 @@ class Effects(Protocol):
     def publish_all_sync(self, events: Sequence[object]) -> object: ...
 
 
+class SchemaSource(Protocol):
+    def look_up(self, id: int) -> WriterSchema | None:
+        """None when there is no such schema. Blocks. Raises RegistryUnreachable."""
+
+
 class WrongOutcome(TypeError):
     """A batch handler returned something else than an outcome per event."""
 
 
 class Calls:
-    def __init__(self, handler: Handler, effects: Effects, executor: Executor, topic_id: str) -> None:
+    def __init__(
+        self, handler: Handler, effects: Effects, executor: Executor, topic_id: str, schemas: SchemaSource
+    ) -> None:
         self._handler = handler
         self._effects = effects
         self._executor = executor
         self._topic_id = topic_id
-        self._decode = handler.decoder.decode
+        self._schemas = schemas
+        self._decoder = handler.decoder
+        self._framed_decoder = handler.framed_decoder
+        self._takes_tombstones = Tombstone in handler.classes
         self.begin = effects.begin
         self._is_transactional = handler.delivery is Delivery.EXACTLY_ONCE
         self._has_inbox = handler.delivery is Delivery.EFFECTIVELY_ONCE
         self._is_plain = handler.uow_parameter is None and handler.envelope_parameter is None and not handler.batch
 
     def decode(self, event: Received) -> Envelope:
-        """Raises Unknown, Undecodable."""
+        """Raises Unknown, Undecodable (SchemaMissing, when its schema must be looked up first)."""
         value = event.value()
-        if value is None and self._handler.topic.is_compacted:
-            raise Unknown("a tombstone: it says that there is no event any more")
-        return self._decode(value)
+        if value is None:
+            return self._decode_tombstone(event)
+        if self._framed_decoder is None:
+            return self._decoder.decode(value)
+        return self._framed_decoder.decode(
+            value, list(event.headers() or ()), self._place_of(event), event.timestamp()[1]
+        )
+
+    def _decode_tombstone(self, event: Received) -> Envelope:
+        topic = self._handler.topic
+        if not topic.is_compacted:
+            raise Undecodable("the record has no value: a tombstone, in a topic that is not compacted")
+        if not self._takes_tombstones:
+            raise Unknown("a tombstone: there is nothing any more under this key")
+        return tombstone_of(
+            topic, event.key(), list(event.headers() or ()), self._place_of(event), event.timestamp()[1]
+        )
+
+    def _place_of(self, event: Received) -> str:
+        return f"{self._topic_id}:{event.partition()}:{event.offset()}"
+
+    async def _decode_after(self, missing: SchemaMissing, event: Received) -> Envelope:
+        """Raises RegistryUnreachable, Unknown, Undecodable."""
+        await asyncio.get_running_loop().run_in_executor(None, self._look_up, missing.id)
+        return self.decode(event)
+
+    def _look_up(self, id: int) -> None:
+        """Raises RegistryUnreachable, Undecodable."""
+        assert self._framed_decoder is not None
+        schema = self._schemas.look_up(id)
+        if schema is None:
+            raise Undecodable(f"the registry knows no schema {id}")
+        self._framed_decoder.learn(id, schema)
 
     def is_wanted(self, event: Received) -> bool:
         try:
@@ -93,7 +135,10 @@ class Calls:
             run = asyncio.get_running_loop().run_in_executor
             await run(self._executor, context.run, self._call_sync, event, generation, attempted)
             return
-        envelope = self.decode(event)
+        try:
+            envelope = self.decode(event)
+        except SchemaMissing as missing:
+            envelope = await self._decode_after(missing, event)
         set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
         if self._is_plain:
             result = await handler.function(envelope.data)
@@ -139,7 +184,11 @@ class Calls:
 
     def _call_sync(self, event: Received, generation: int, attempted: Attempted | None) -> None:
         handler, effects = self._handler, self._effects
-        envelope = self.decode(event)
+        try:
+            envelope = self.decode(event)
+        except SchemaMissing as missing:
+            self._look_up(missing.id)
+            envelope = self.decode(event)
         set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
         if self._is_plain:
             result = handler.function(envelope.data)
@@ -179,7 +228,11 @@ class Calls:
         places: list[int] = []
         for i, event in enumerate(events):
             try:
-                envelopes.append(self.decode(event))
+                try:
+                    envelope = self.decode(event)
+                except SchemaMissing as missing:
+                    envelope = await self._decode_after(missing, event)
+                envelopes.append(envelope)
                 places.append(i)
             except Unknown:
                 pass

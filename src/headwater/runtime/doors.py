@@ -146,7 +146,8 @@ class PartitionDoors:
             return None
         if letter.topic_id != self._assignment.topic_id:
             return None  # of a topic of the same name that is no more
-        return ReadBack(ParkedRecord(letter.source, letter.topic_id, None)), letter.attempted.generation
+        event = ReadBack(ParkedRecord(letter.source, letter.topic_id, None), self._assignment.partition)
+        return event, letter.attempted.generation
 
     async def answer(self, request: Request, done: bool) -> None:
         if done:

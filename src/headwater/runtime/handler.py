@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.event.codec import Decoder
+from headwater.event.codec import Decoder, FramedDecoder
 from headwater.event.envelope import Envelope
+from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
 from headwater.runtime.assignment import Policy
 from headwater.runtime.retry import Delivery, Errors, FailureKinds, GivingUp, Retry
@@ -88,7 +89,9 @@ class Handler:
         self.returns: list[type] = []
         """The event classes that it says it returns."""
         self.classes = self._inspect()
-        self.decoder = Decoder(self.classes)
+        events = [cls for cls in self.classes if cls is not Tombstone]
+        self.decoder = Decoder(events)
+        self.framed_decoder = FramedDecoder(events, topic.schema) if topic.schema is not None else None
         self._check_options()
 
     @property
@@ -203,8 +206,17 @@ class Handler:
             if isinstance(cls, type) and cls is not type(None) and not issubclass(cls, BaseException)
         ]
         classes = _choices(wanted)
+        if classes == (Tombstone,):
+            raise InvalidHandler(
+                f"the handler {self.name} takes tombstones alone: name an event of {self.topic.name} too."
+            )
         for cls in classes:
-            if cls not in self.topic.events:
+            if cls is Tombstone:
+                if not self.topic.is_compacted:
+                    raise InvalidHandler(
+                        f"the handler {self.name} takes tombstones, but {self.topic.name} is not compacted."
+                    )
+            elif cls not in self.topic.events:
                 raise InvalidHandler(
                     f"the handler {self.name} takes {getattr(cls, '__name__', cls)}, which {self.topic.name} doesn't list."
                 )

@@ -45,7 +45,9 @@ class Parking:
         if isinstance(record, ParkedRecord) and record.topic_id != self._work.assignment.topic_id:
             self._strangers[record.source.offset] = record
         elif isinstance(record, ParkedRecord):
-            lanes.load(key_of(ReadBack(record)), record.source.offset, record.place, record.attempted)
+            lanes.load(
+                key_of(ReadBack(record, self._work.partition)), record.source.offset, record.place, record.attempted
+            )
         elif self._strangers.pop(record.offset, None) is None:
             lanes.unload(record.key if record.key is not None else record.offset, record.offset)
 
@@ -79,9 +81,9 @@ class Parking:
                 before = record.attempted or Attempted(0, now, now, Kind.POISON, "")
                 reason = "the topic was deleted and made again while this was parked"
                 attempted = before._replace(kind=Kind.POISON, error=reason, held=NO_OFFSET)
-                await work.send_dead(ReadBack(record), attempted)
+                await work.send_dead(ReadBack(record, work.partition), attempted)
                 if not any(lane.parked and offset in lane.parked for lane in work.lanes.by_key.values()):
-                    await work.send_done(offset, key_of(ReadBack(record)))
+                    await work.send_done(offset, key_of(ReadBack(record, work.partition)))
                 del self._strangers[offset]
         finally:
             self._is_burying = False
@@ -326,11 +328,11 @@ class Parking:
         try:
             for record in await work.doors.read_back(place):
                 if record.source.offset == offset and record.place == place:
-                    event = ReadBack(record)
+                    event = ReadBack(record, work.partition)
                 elif record.topic_id == work.assignment.topic_id and work.lanes.holds(
-                    key_of(ReadBack(record)), record.source.offset
+                    key_of(ReadBack(record, work.partition)), record.source.offset
                 ):
-                    self._keep(record.source.offset, ReadBack(record))
+                    self._keep(record.source.offset, ReadBack(record, work.partition))
         except Exception as error:
             reason = said_by(error)
         if event is not None:

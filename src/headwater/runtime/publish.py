@@ -6,8 +6,9 @@ guess.
 
 from collections.abc import Iterable
 
-from headwater.event.codec import Encoded, encode
+from headwater.event.codec import Encoded, Framed, encode
 from headwater.event.envelope import Metadata, current_cause
+from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
 from headwater.store.outbox import OutboxRow
 
@@ -24,6 +25,10 @@ class NoTopic(Exception):
     """The event's class is listed by no topic of the application, or by two."""
 
 
+class NoSchemaId(Exception):
+    """The event's schema has no id yet: the application has not been started."""
+
+
 class Router:
     """The topics of an application, by the events that they list."""
 
@@ -31,6 +36,8 @@ class Router:
         self.source = source
         self.topics: dict[str, Topic] = {}
         self._by_class: dict[type, Topic] = {}
+        self.framed: dict[type, Framed] = {}
+        """Of the classes whose topics have schemas; known when the application has started."""
 
     def add(self, topics: Iterable[Topic]) -> None:
         """Raises NoTopic when two topics list the same class."""
@@ -50,6 +57,8 @@ class Router:
 
     def topic_of(self, event: object) -> Topic:
         """Raises NoTopic."""
+        if isinstance(event, Tombstone):
+            return self._topic_of_tombstone(event)
         topic = self._by_class.get(type(event))
         if topic is None:
             raise NoTopic(
@@ -58,11 +67,30 @@ class Router:
             )
         return topic
 
+    def _topic_of_tombstone(self, tombstone: Tombstone) -> Topic:
+        topic = self.topics.get(tombstone.topic.name)
+        if topic is None or topic is not tombstone.topic:
+            raise NoTopic(
+                f"{tombstone.topic.name} is no topic of this application: App({self.source!r}, topics=[...])."
+            )
+        if not topic.is_compacted:
+            raise NoTopic(
+                f"{topic.name} is not compacted: a tombstone would mean nothing there. Topic(..., compacted=True)"
+            )
+        return topic
+
     def encode(self, event: object, metadata: Metadata | None = None) -> tuple[Topic, bytes, Encoded]:
-        """The event's topic, its key and its bytes. Raises NoTopic, InvalidTopic."""
+        """The event's topic, its key and its bytes. Raises NoTopic, InvalidTopic, NoSchemaId, TooLarge, Unencodable."""
         topic = self.topic_of(event)
-        encoded = encode(event, self.source, current_cause(), metadata)
-        if len(encoded.value) > MAX_EVENT_BYTES:
+        framed = None
+        if topic.schema is not None and not isinstance(event, Tombstone):
+            framed = self.framed.get(type(event))
+            if framed is None:
+                raise NoSchemaId(
+                    f"{type(event).__name__} has no schema id yet: publish inside `app.lifespan` or a handler."
+                )
+        encoded = encode(event, self.source, current_cause(), metadata, framed)
+        if encoded.value is not None and len(encoded.value) > MAX_EVENT_BYTES:
             raise TooLarge(
                 f"this {encoded.event_type} has {len(encoded.value)} bytes: {topic.name} takes {MAX_EVENT_BYTES} at most. "
                 "Store what is large elsewhere, and put its place into the event."

@@ -4,7 +4,7 @@
 
 poison        never works: undecodable, or of a type that the handler names. Not tried again.
 conflict      another writer was faster: tried again in place, at once.
-unavailable   nothing would work now: the database or the broker can't be reached, or a type that the handler names.
+unavailable   nothing would work now: the database, the broker or the registry can't be reached, or a type that the handler names.
               Everything of the handler waits until it works again; it counts as no attempt.
 transient     all others.
 """
@@ -15,6 +15,7 @@ from enum import StrEnum
 
 from headwater.event.codec import Undecodable
 from headwater.kafka.producer import NotPublished
+from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.settings import duration_seconds
 from headwater.store.database import is_unavailable
 
@@ -95,7 +96,7 @@ class FailureKinds:
             return Kind.POISON
         if isinstance(error, self._conflict):
             return Kind.CONFLICT
-        if isinstance(error, self._unavailable) or is_unavailable(error):
+        if isinstance(error, (*self._unavailable, RegistryUnreachable)) or is_unavailable(error):
             return Kind.UNAVAILABLE
         if isinstance(error, NotPublished) and not error.is_about_the_record:
             return Kind.UNAVAILABLE

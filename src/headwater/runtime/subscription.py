@@ -20,7 +20,7 @@ from headwater.runtime.assignment import Assignment
 from headwater.runtime.breaker import Outage
 from headwater.runtime.consumer_thread import ConsumerThread
 from headwater.runtime.daemon_executor import DaemonExecutor
-from headwater.runtime.delivery import Calls, Effects
+from headwater.runtime.delivery import Calls, Effects, SchemaSource
 from headwater.runtime.doors import PartitionDoors
 from headwater.runtime.frontier import Progress
 from headwater.runtime.handler import Handler
@@ -55,6 +55,7 @@ class Surroundings(NamedTuple):
     history: History | None
     failed: Callable[[Exception], None]
     encode: Encode
+    schemas: SchemaSource
     grow: Callable[[Handler, int], None]
     """See that the handler's retry and dead-letter topics have so many partitions. Raises AdminError."""
 
@@ -89,7 +90,7 @@ class Subscription:
                 around.failed,
             )
             effects = TransactionEffects(self._transactions, around.encode)  # type: ignore[assignment]
-        self._calls = Calls(handler, effects, executor, topic_id)
+        self._calls = Calls(handler, effects, executor, topic_id, around.schemas)
         self._strands = None
         if not handler.is_async and not handler.batch:
             self._strands = StrandPool(self._calls.begin, self._calls.attempt_sync, executor, options.threads, loop)

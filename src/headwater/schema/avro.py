@@ -16,7 +16,7 @@ import avro.schema
 from avro.errors import AvroException
 from avro.name import Names
 
-from headwater.registry.schema import MAX_DEPTH, Difference, InvalidSchema
+from headwater.schema.schema import MAX_DEPTH, Difference, InvalidSchema
 
 PRIMITIVES = {"null", "boolean", "int", "long", "float", "double", "bytes", "string"}
 PROMOTIONS = {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
-from headwater.registry.schema import Difference, Parsed, Schema
+from headwater.schema.schema import Difference, Parsed, Schema
 
 
 class Level(StrEnum):

@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonschema_rs
 
-from headwater.registry.schema import MAX_DEPTH, Difference, InvalidSchema
+from headwater.schema.schema import MAX_DEPTH, Difference, InvalidSchema
 
 Node = bool | dict[str, Any]
 

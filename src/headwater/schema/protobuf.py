@@ -26,8 +26,8 @@ from google.protobuf.descriptor_pb2 import (
 from google.protobuf.message import DecodeError
 from grpc_tools import _protoc_compiler
 
-from headwater.registry.proto_text import print_file
-from headwater.registry.schema import Difference, InvalidSchema
+from headwater.schema.proto_text import print_file
+from headwater.schema.schema import Difference, InvalidSchema
 
 MAIN = "schema.proto"
 GOOGLE = Path(_protoc_compiler.__file__).parent / "_proto"
@@ -51,7 +51,7 @@ _compiler = threading.Lock()  # protoc keeps global state while it runs
 class ProtobufSchema:
     def __init__(self, text: str, references: Mapping[str, str]) -> None:
         """references: texts by the path that the schema imports them by. Raises InvalidSchema."""
-        self.file, self._all = _parse(text, references)
+        self.file, self.files = _parse(text, references)
         self.text = print_file(self.file)
 
     def serialized(self) -> str:
@@ -62,7 +62,7 @@ class ProtobufSchema:
         return str(base64.b64encode(file.SerializeToString(deterministic=True)), "ascii")
 
     def differences(self, writer: "ProtobufSchema") -> list[Difference]:
-        return _Comparison(_messages(self._all), _messages(writer._all)).of_files(self.file, writer.file)
+        return _Comparison(_messages(self.files), _messages(writer.files)).of_files(self.file, writer.file)
 
 
 def _parse(text: str, references: Mapping[str, str]) -> tuple[FileDescriptorProto, list[FileDescriptorProto]]:

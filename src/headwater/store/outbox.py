@@ -28,7 +28,8 @@ class OutboxRow(NamedTuple):
     topic: str
     key: bytes | None
     event_type: str
-    payload: bytes
+    payload: bytes | None
+    """None: a tombstone."""
     headers: Headers
     position: int = 0
 

@@ -33,7 +33,7 @@ outbox = Table(
     Column("topic", String(249), nullable=False),
     Column("key", LargeBinary, nullable=True),
     Column("event_type", String(249), nullable=False),
-    Column("payload", LargeBinary, nullable=False),
+    Column("payload", LargeBinary, nullable=True),
     Column("headers", LargeBinary, nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     sqlite_autoincrement=True,  # a position that was deleted is not given out again
