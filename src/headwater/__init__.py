@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from headwater.runtime.tracing import CorrelationMiddleware
     from headwater.settings import Settings
     from headwater.store.database import Database
+    from headwater.store.outbox import Outbox
     from headwater.store.unit_of_work import UnitOfWork
 
 PUBLIC = {
@@ -28,6 +29,7 @@ PUBLIC = {
     "Event": "headwater.event.event",
     "Metadata": "headwater.event.envelope",
     "NotPublished": "headwater.kafka.producer",
+    "Outbox": "headwater.store.outbox",
     "Profile": "headwater.kafka.producer",
     "Retry": "headwater.runtime.retry",
     "Settings": "headwater.settings",
@@ -45,6 +47,7 @@ __all__ = [
     "Event",
     "Metadata",
     "NotPublished",
+    "Outbox",
     "Profile",
     "Retry",
     "Settings",

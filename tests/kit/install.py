@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 KAFKA_VERSION = "4.3.1"
 LOG4J_VERSION = "2.25.4"
 APICURIO_VERSION = "3.3.3"
+DEBEZIUM_VERSION = "3.6.3.Final"
 CACHE = Path(os.environ.get("HEADWATER_CACHE", Path.home() / ".cache" / "headwater"))
+CONNECT_HOME = CACHE / f"connect-{KAFKA_VERSION}-debezium-{DEBEZIUM_VERSION}"
 KAFKA_HOME = CACHE / f"kafka-{KAFKA_VERSION}"
 APICURIO_HOME = CACHE / f"apicurio-{APICURIO_VERSION}"
 POSTGRES_HOMES = "/usr/lib/postgresql"
@@ -24,21 +27,20 @@ PACKAGES = {
     "default-jre-headless": "Apache Kafka",
 }
 
-POM = f"""<project>
-  <modelVersion>4.0.0</modelVersion>
-  <groupId>headwater</groupId><artifactId>kafka-jars</artifactId><version>1</version><packaging>pom</packaging>
-  <dependencies>
-    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka_2.13</artifactId><version>{KAFKA_VERSION}</version></dependency>
-    <dependency><groupId>org.apache.kafka</groupId><artifactId>kafka-tools</artifactId><version>{KAFKA_VERSION}</version></dependency>
-    <dependency>
-      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-slf4j-impl</artifactId><version>{LOG4J_VERSION}</version>
-    </dependency>
-    <dependency>
-      <groupId>org.apache.logging.log4j</groupId><artifactId>log4j-core</artifactId><version>{LOG4J_VERSION}</version>
-    </dependency>
-  </dependencies>
-</project>
-"""
+LOGGING = (
+    ("org.apache.logging.log4j", "log4j-slf4j-impl", LOG4J_VERSION),
+    ("org.apache.logging.log4j", "log4j-core", LOG4J_VERSION),
+)
+KAFKA_JARS = (
+    ("org.apache.kafka", "kafka_2.13", KAFKA_VERSION),
+    ("org.apache.kafka", "kafka-tools", KAFKA_VERSION),
+    *LOGGING,
+)
+CONNECT_JARS = (
+    ("org.apache.kafka", "connect-runtime", KAFKA_VERSION),
+    ("io.debezium", "debezium-connector-postgres", DEBEZIUM_VERSION),
+    *LOGGING,
+)
 
 LOG4J = """status = error
 appender.console.type = Console
@@ -54,6 +56,7 @@ rootLogger.appenderRef.stdout.ref = STDOUT
 def main() -> None:
     install_packages()
     install_kafka()
+    install_connect()
     install_apicurio()
 
 
@@ -118,15 +121,38 @@ def install_kafka() -> None:
         if not shutil.which("mvn"):
             print("not installed, its tests will skip: Apache Kafka needs Java 17 and Maven")
             return
-    print(f"installing Apache Kafka {KAFKA_VERSION} through Maven ...", flush=True)
-    KAFKA_HOME.mkdir(parents=True, exist_ok=True)
+    _install_jars(f"Apache Kafka {KAFKA_VERSION}", KAFKA_JARS, KAFKA_HOME, LOG4J)
+
+
+def install_connect() -> None:
+    if (CONNECT_HOME / "log4j2.properties").exists():
+        return
+    if not shutil.which("mvn"):
+        print("not installed, its tests will skip: Kafka Connect and Debezium come through Maven")
+        return
+    quiet = LOG4J.replace("rootLogger.level = info", "rootLogger.level = warn")
+    _install_jars(f"Kafka Connect {KAFKA_VERSION} with Debezium {DEBEZIUM_VERSION}", CONNECT_JARS, CONNECT_HOME, quiet)
+
+
+def _install_jars(what: str, jars: Sequence[tuple[str, str, str]], home: Path, log4j: str) -> None:
+    """With all that they need; `log4j2.properties` is there when they all are."""
+    print(f"installing {what} through Maven ...", flush=True)
+    home.mkdir(parents=True, exist_ok=True)
+    dependencies = "".join(
+        f"<dependency><groupId>{group}</groupId><artifactId>{name}</artifactId><version>{version}</version></dependency>"
+        for group, name, version in jars
+    )
+    pom = (
+        "<project><modelVersion>4.0.0</modelVersion><groupId>headwater</groupId><artifactId>jars</artifactId>"
+        f"<version>1</version><packaging>pom</packaging><dependencies>{dependencies}</dependencies></project>"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "pom.xml").write_text(POM)
-        command = ["mvn", "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={KAFKA_HOME / 'lib'}"]
+        (Path(folder) / "pom.xml").write_text(pom)
+        command = ["mvn", "-q", "-B", "dependency:copy-dependencies", f"-DoutputDirectory={home / 'lib'}"]
         if subprocess.run(command, cwd=folder, check=False).returncode != 0:
-            print("Maven could not fetch Apache Kafka: its tests will skip", file=sys.stderr)
+            print(f"Maven could not fetch {what}: its tests will skip", file=sys.stderr)
             return
-    (KAFKA_HOME / "log4j2.properties").write_text(LOG4J)
+    (home / "log4j2.properties").write_text(log4j)
 
 
 def install_apicurio() -> None:

@@ -21,7 +21,7 @@ from tests.kit.ports import free_ports
 from tests.kit.require import unavailable
 
 TEST_FLAGS = ["-Xmx512m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]  # for tests, never in a benchmark
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 ARCHIVE = KAFKA_HOME / "k.jsa"
 CHECKPOINT = KAFKA_HOME / "bootstrap.checkpoint"
 

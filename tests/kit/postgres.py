@@ -16,12 +16,15 @@ START_SECONDS = 30.0
 
 
 class Postgres:
-    def __init__(self, fsync: bool = False) -> None:
+    def __init__(self, fsync: bool = False, **settings: str) -> None:
+        """settings: of the server, besides those that every test has."""
         programs = postgres_bin()
         if programs is None:
             unavailable("PostgreSQL", "run `make test` as root, or install the package postgresql")
         self._programs = programs
         self._fsync = "on" if fsync else "off"
+        self._settings = {"wal_level": "logical", "max_slot_wal_keep_size": "1GB", "max_replication_slots": "50",
+                          "max_wal_senders": "20", **settings}  # fmt: skip
         self._home = Path(tempfile.mkdtemp(prefix="headwater-postgres-"))
         self.port = free_ports(1)[0]
         self.url = f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
@@ -42,6 +45,7 @@ class Postgres:
                 str(self._programs / "postgres"), "-D", str(data), "-p", str(self.port), "-k", str(self._home),
                 "-c", "listen_addresses=127.0.0.1", "-c", f"fsync={self._fsync}", "-c", f"synchronous_commit={self._fsync}",
                 "-c", "full_page_writes=off", "-c", "max_connections=200",
+                *(f"--{name}={value}" for name, value in self._settings.items()),
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, **self._as_postgres(),  # type: ignore[call-overload]
         )  # fmt: skip

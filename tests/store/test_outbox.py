@@ -16,7 +16,7 @@ from headwater import App, Database, Event, Topic
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
 from headwater.store import tables
-from headwater.store.outbox import read_rows, waiting
+from headwater.store.outbox import Outbox
 from tests.conftest import Engine
 from tests.kit.clients import Confluent
 from tests.kit.running import settings_for
@@ -35,7 +35,7 @@ def make_app(engine: Engine, url: str, name: str) -> tuple[App, Topic]:
 def read_events(engine: Engine, topic: str, count: int) -> list[Changed]:
     decoder = Decoder([Changed])
     found = sorted(Confluent().consume(engine.bootstrap_servers, topic, count), key=lambda r: (r.partition, r.offset))
-    return [decoder.decode(record.value).data for record in found]
+    return [decoder.decode(record.value or b"").data for record in found]
 
 
 @pytest.mark.parametrize("session_kind", ["async", "sync"])
@@ -62,7 +62,7 @@ def test_an_event_is_published_if_and_only_if_its_transaction_commits(
                 except RuntimeError:
                     pass
             with app.database.engine.connect() as connection:
-                while waiting(connection):
+                while Outbox().status(connection).waiting:
                     connection.rollback()
                     await asyncio.sleep(0.01)
 
@@ -85,21 +85,19 @@ def test_commits_that_overtake_each_other_are_published_in_order(
     slow, fast = database.sessions(), database.sessions()
     slow_uow = app.unit_of_work(slow).__enter__()
     slow.execute(text("SELECT pg_current_xact_id()"))
-    from headwater.store.outbox import insert_rows, values
-
-    slow.execute(insert_rows(), values([app._router.outbox_row(Changed("a", 1))]))
+    slow.execute(Outbox().insert_rows(), Outbox().values([app._router.outbox_row(Changed("a", 1))]))
     with app.unit_of_work(fast) as uow:
         uow.publish(Changed("a", 2))
 
     with database.engine.connect() as connection:
-        before = read_rows(connection, 10)
+        before = Outbox().read_rows(connection, 10)
         connection.rollback()
         slow_uow.__exit__(None, None, None)
-        after = read_rows(connection, 10)
+        after = Outbox().read_rows(connection, 10)
 
     assert before == [], "the later row waits for the earlier one's transaction"
     decoder = Decoder([Changed])
-    assert [decoder.decode(row.payload).data.number for row in after] == [1, 2]
+    assert [decoder.decode(row.payload or b"").data.number for row in after] == [1, 2]
     tables.metadata.drop_all(database.engine)
 
 
@@ -121,7 +119,7 @@ def test_many_writers_keep_the_order_of_each_aggregate(embedded: Engine, databas
             while any(thread.is_alive() for thread in threads):
                 await asyncio.sleep(0.01)
             with app.database.engine.connect() as connection:
-                while waiting(connection):
+                while Outbox().status(connection).waiting:
                     connection.rollback()
                     await asyncio.sleep(0.01)
 
@@ -151,7 +149,7 @@ def test_two_relays_take_turns(embedded: Engine, database_url: str, unique: str)
             await publish(second, range(40, 60))
             with second.database.engine.connect() as connection:
                 deadline = time.monotonic() + 20
-                while waiting(connection):
+                while Outbox().status(connection).waiting:
                     connection.rollback()
                     assert time.monotonic() < deadline
                     await asyncio.sleep(0.02)
@@ -179,7 +177,7 @@ def test_the_relay_waits_for_a_broker_that_is_away(tmp_path: Path, broker: objec
             broker.process = again.process
             with app.database.engine.connect() as connection:
                 deadline = time.monotonic() + 60
-                while waiting(connection):
+                while Outbox().status(connection).waiting:
                     connection.rollback()
                     assert time.monotonic() < deadline
                     await asyncio.sleep(0.05)
@@ -242,15 +240,15 @@ def test_kill_9_of_writer_and_relay_loses_nothing_that_was_committed(
         rest, _ = process.communicate()
         committed = max([committed, *(int(line) for line in rest.split("\n") if line.strip().isdigit())])
         with Database(database_url).engine.connect() as connection:  # the last commit may not have been printed
-            rows = read_rows(connection, 100_000)
-            numbers = [Decoder([Changed]).decode(row.payload).data.number for row in rows]
+            rows = Outbox().read_rows(connection, 100_000)
+            numbers = [Decoder([Changed]).decode(row.payload or b"").data.number for row in rows]
             committed = max([committed, *numbers])
     app, _ = make_app(embedded, database_url, unique)
 
     async def drain() -> None:
         async with app.lifespan():
             with app.database.engine.connect() as connection:
-                while waiting(connection):
+                while Outbox().status(connection).waiting:
                     connection.rollback()
                     await asyncio.sleep(0.02)
 

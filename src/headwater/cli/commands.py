@@ -5,7 +5,20 @@ from typing import Annotated
 import typer
 
 from headwater import __version__
-from headwater.cli import consume, dead_letters, groups, produce, registry, replay, run, schemas, topics, up, verify
+from headwater.cli import (
+    consume,
+    dead_letters,
+    groups,
+    outbox,
+    produce,
+    registry,
+    replay,
+    run,
+    schemas,
+    topics,
+    up,
+    verify,
+)
 from headwater.cli.broker import parser
 
 app = typer.Typer(
@@ -35,6 +48,7 @@ app.command("run")(run.run)
 app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(schemas.app, name="schemas")
+app.add_typer(outbox.app, name="outbox")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("replay")(replay.replay)
 app.command("verify")(verify.verify)

@@ -21,6 +21,7 @@ from headwater.runtime.publish import NoTopic
 from headwater.runtime.schemas import UnusableSchema
 from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
+from headwater.store.outbox import InvalidOutbox
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
@@ -30,6 +31,7 @@ EXPLAINED = (
     ConsumerFailed,
     InvalidDatabase,
     InvalidHandler,
+    InvalidOutbox,
     InvalidSetting,
     InvalidTopic,
     NoTopic,

@@ -20,7 +20,7 @@ from headwater.event.envelope import Cause, Envelope, Metadata, new_id, now
 from headwater.event.event import Tombstone, event_type, event_upcasts, event_version, is_pydantic
 from headwater.event.upcast import Upcasts, upcast, upcasts_from
 from headwater.schema import wire_format
-from headwater.schema.schema import InvalidSchema, SchemaType
+from headwater.schema.schema import SchemaType
 
 CONTENT_TYPE = b"application/json"
 CONTENT_TYPES = {
@@ -35,6 +35,10 @@ Headers = list[tuple[str, str | bytes | None]]
 
 class Undecodable(ValueError):
     """The bytes are no event of ours; the message says what is wrong with them."""
+
+
+class NoEnvelope(Undecodable):
+    """The value is none of our envelopes; it may be an event's data, with the rest in the headers."""
 
 
 class SchemaMissing(Undecodable):
@@ -119,8 +123,9 @@ class Decoder:
     """Reads the events of some classes from their envelopes."""
 
     def __init__(self, classes: Sequence[type]) -> None:
+        self._classes = {event_type(cls): cls for cls in classes}
+        self._bare: dict[str, Callable[[bytes, str], Any]] = {}
         self._finish = {event_type(cls): _finisher(cls) for cls in classes if _needs_finishing(cls)}
-        self._known = {event_type(cls) for cls in classes}
         tagged = tuple(_tagged_envelope(cls) for cls in classes)
         self._decode = msgspec.json.Decoder(Union[tagged]).decode  # noqa: UP007 - made at run time
         self._decode_any = msgspec.json.Decoder(Envelope).decode
@@ -150,13 +155,31 @@ class Decoder:
             tagged.metadata,
         )
 
+    def decode_bare(self, value: bytes, headers: Headers, place: str, timestamp_ms: int) -> Envelope:
+        """An event whose value is its data alone, with its type in a header: ours, or CloudEvents' (binary mode). Raises
+        Undecodable, Unknown."""
+        given = read_headers(headers)
+        name = given.get("headwater-event-type") or given.get("ce_type", "").rpartition(".")[2]
+        if not name:
+            raise Undecodable("the value is no envelope, and no header says its type")
+        if name not in self._classes:
+            raise Unknown(name)
+        cls = self._classes[name]
+        version = given.get("headwater-event-version", event_version(cls))
+        read = self._bare.get(name) or self._bare.setdefault(name, _finisher(cls))
+        try:
+            data = read(value, version)
+        except Exception as error:
+            raise Undecodable(f"the data is no {name}: {error}") from None
+        return envelope_of(given, name, version, data, place, timestamp_ms)
+
     def _why(self, value: bytes, error: Exception) -> Exception:
         """The slow way, for what the fast one can't read."""
         try:
             envelope: Envelope = self._decode_any(value)
         except Exception as other:
-            return Undecodable(f"the value is no envelope: {other}")
-        if envelope.event_type not in self._known:
+            return NoEnvelope(f"the value is no envelope: {other}")
+        if envelope.event_type not in self._classes:
             return Unknown(envelope.event_type)
         return Undecodable(f"the data is no {envelope.event_type}: {error}")
 
@@ -309,17 +332,3 @@ def _tagged_envelope(cls: type) -> Any:
         rename="camel",
         frozen=True,
     )
-
-
-__all__ = [
-    "Decoder",
-    "Encoded",
-    "Framed",
-    "FramedDecoder",
-    "InvalidSchema",
-    "SchemaMissing",
-    "Undecodable",
-    "Unknown",
-    "encode",
-    "tombstone_of",
-]

@@ -49,6 +49,7 @@ from headwater.runtime.transaction import unique_id
 from headwater.settings import Settings, from_environment
 from headwater.store import tables
 from headwater.store.database import Database
+from headwater.store.outbox import Outbox
 from headwater.store.unit_of_work import UnitOfWork
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,10 @@ class App:
         settings: Settings | None = None,
         database: Database | None = None,
         profile: Profile = Profile.LATENCY,
+        outbox: Outbox | None = None,
     ) -> None:
         """topics: those that the application publishes to; those of its handlers are known anyway.
+        outbox: its table, when it is not our own; see headwater.store.outbox.
         settings: HEADWATER_* of the environment when None. Raises InvalidSetting, InvalidDatabase, NoTopic.
         """
         self.name = name
@@ -83,6 +86,7 @@ class App:
         if database is None and self.settings.database_url is not None:
             database = Database(self.settings.database_url)
         self._database = database
+        self.outbox = outbox or Outbox()
         self.handlers: list[Handler] = []
         self._profile = profile
         self._router = Router(name)
@@ -207,10 +211,10 @@ class App:
         database = self.database  # whose outbox the relay reads
         if session is None:
             session = database.async_sessions()
-        return UnitOfWork(session, self._router.outbox_row, self._wake_relay)
+        return UnitOfWork(session, self._router.outbox_row, self.outbox, self._wake_relay)
 
     def sync_unit_of_work(self) -> UnitOfWork:
-        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self._wake_relay)
+        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self.outbox, self._wake_relay)
 
     async def release(self, uow: UnitOfWork) -> None:
         await uow.async_session.close()
@@ -246,12 +250,13 @@ class App:
         self._router.framed = await loop.run_in_executor(None, self._schemas.prepare, self.topics)
         if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
+            await loop.run_in_executor(None, self.outbox.prepare, self.database.engine)
         if self.settings.history is not None and self._history is None:
             self._history = History(self.settings.history)
         self._producer = KafkaProducer(self.settings, self._profile, self._producer_failed)
         self._loop_producer = LoopProducer(self._producer, loop)
         if self._database is not None:
-            self._relay = Relay(self.database, self.settings)
+            self._relay = Relay(self.database, self.settings, self.outbox)
             self._relay.start()
         for function in self._before:
             await function()

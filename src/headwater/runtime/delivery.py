@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
 
-from headwater.event.codec import SchemaMissing, Undecodable, Unknown, tombstone_of
+from headwater.event.codec import Headers, NoEnvelope, SchemaMissing, Undecodable, Unknown, tombstone_of
 from headwater.event.data_format import WriterSchema
 from headwater.event.envelope import Cause, Envelope, set_cause
 from headwater.event.event import Tombstone
@@ -84,11 +84,12 @@ class Calls:
         value = event.value()
         if value is None:
             return self._decode_tombstone(event)
-        if self._framed_decoder is None:
+        if self._framed_decoder is not None:
+            return self._framed_decoder.decode(value, *self._around(event))
+        try:
             return self._decoder.decode(value)
-        return self._framed_decoder.decode(
-            value, list(event.headers() or ()), self._place_of(event), event.timestamp()[1]
-        )
+        except NoEnvelope:
+            return self._decoder.decode_bare(value, *self._around(event))
 
     def _decode_tombstone(self, event: Received) -> Envelope:
         topic = self._handler.topic
@@ -96,12 +97,12 @@ class Calls:
             raise Undecodable("the record has no value: a tombstone, in a topic that is not compacted")
         if not self._takes_tombstones:
             raise Unknown("a tombstone: there is nothing any more under this key")
-        return tombstone_of(
-            topic, event.key(), list(event.headers() or ()), self._place_of(event), event.timestamp()[1]
-        )
+        return tombstone_of(topic, event.key(), *self._around(event))
 
-    def _place_of(self, event: Received) -> str:
-        return f"{self._topic_id}:{event.partition()}:{event.offset()}"
+    def _around(self, event: Received) -> tuple[Headers, str, int]:
+        """What an envelope is made of where the value has none: headers, place, time."""
+        place = f"{self._topic_id}:{event.partition()}:{event.offset()}"
+        return list(event.headers() or ()), place, event.timestamp()[1]
 
     async def _decode_after(self, missing: SchemaMissing, event: Received) -> Envelope:
         """Raises RegistryUnreachable, Unknown, Undecodable."""

@@ -1,19 +1,25 @@
 """The relay: rows of the outbox to their topics, in order, each at least once.
 
-One relay at a time works on a database, whoever starts it: PostgreSQL's advisory lock on the connection that reads and
-deletes, a locked file beside an SQLite database. It reads what is complete (see `headwater.store.outbox`), sends it in
+One relay at a time works on a shard of a database, whoever starts it: PostgreSQL's advisory lock on the connection that reads
+and deletes, a locked file beside an SQLite database. It reads what is complete (see `headwater.store.outbox`), sends it in
 order, waits for the acknowledgements and deletes it. A crash in between sends rows again, never out of order: the
 producer stops at the first record that can't be sent, and so does the relay, loudly.
+
+Of several processes each leads its part of the shards, and the others' when they go. Processes that count shards differently
+don't work at once: their keys would be in two hands.
 """
 
 import fcntl
 import functools
 import logging
+import math
 import os
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from sqlalchemy import Connection, NullPool, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile
 from headwater.settings import Settings
 from headwater.store.database import Database
-from headwater.store.outbox import OutboxRow, delete_rows, read_rows, rows_older_than
+from headwater.store.outbox import Outbox, OutboxRow, Source, StreamLost
 
 logger = logging.getLogger(__name__)
 
@@ -31,67 +37,150 @@ TROUBLE_SECONDS = 1.0
 ACK_SECONDS = 60.0
 STOP_SECONDS = 3.0
 HELD_SECONDS = 60
+LOOK_SECONDS = 60.0
+SHARE_SECONDS = 2.0  # between looks at who else leads shards
 ADVISORY_LOCK = 0x68656164  # "head"
+PRESENCE = 1_000_000  # above every shard's number
 # A record that fails for good stops those behind it, instead of leaving a gap that a later retry would fill too late.
 # (log_level 3: the client warns at every start that this is experimental.)
 GAPLESS = {"enable.gapless.guarantee": "true", "linger.ms": "1", "log_level": "3"}
 
 
+class Rows(Protocol):
+    """Where the rows come from."""
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def next(self, limit: int, seconds: float) -> list[OutboxRow]:
+        """Rows that are there, or come within that time."""
+
+    def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
+        """They were published; `is_all`: and with them all that was given out."""
+
+    def keep_alive(self) -> None:
+        """Called while acknowledgements are waited for."""
+
+
+class Polling:
+    """Asks the table."""
+
+    def __init__(self, outbox: Outbox, connection: Connection, shard: int, wake: threading.Event) -> None:
+        self._outbox = outbox
+        self._connection = connection
+        self._shard = shard
+        self._wake = wake
+
+    def open(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def next(self, limit: int, seconds: float) -> list[OutboxRow]:
+        self._wake.clear()
+        rows = self._outbox.read_rows(self._connection, limit, self._shard)
+        self._connection.rollback()  # no transaction is open while records are under way
+        if not rows:
+            self._wake.wait(seconds)
+        return rows
+
+    def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
+        self._outbox.settle(self._connection, rows)
+        self._connection.commit()
+
+    def keep_alive(self) -> None: ...
+
+
 class Relay:
-    def __init__(self, database: Database, settings: Settings) -> None:
+    """Of an application: a thread for each shard."""
+
+    def __init__(self, database: Database, settings: Settings, outbox: Outbox) -> None:
+        self.leads: set[int] = set()
+        """The shards that are led from here."""
+        self.name = f"headwater-relay-{uuid.uuid4().hex[:12]}"
+        """By which the relays of this process are known to the others."""
+        self._shards = [ShardRelay(self, database, settings, outbox, shard) for shard in range(outbox.shards)]
+
+    def start(self) -> None:
+        for each in self._shards:
+            each.start()
+
+    def wake(self) -> None:
+        """Rows were committed."""
+        for each in self._shards:
+            each.wake()
+
+    def stop(self) -> None:
+        """What is under way has a few seconds; what is left is sent at the next start."""
+        for each in self._shards:
+            each.ask_to_stop()
+        for each in self._shards:
+            each.join()
+
+
+class ShardRelay:
+    def __init__(self, relay: Relay, database: Database, settings: Settings, outbox: Outbox, shard: int) -> None:
+        self._relay = relay
         self._database = database
         self._settings = replace(settings, kafka={**settings.kafka, **GAPLESS})
+        self._outbox = outbox
+        self._shard = shard
         self._wake = threading.Event()
         self._stopped = threading.Event()
         self._lock_file: int | None = None
         self._producer: KafkaProducer | None = None
         self._next_look = 0.0
-        self._thread = threading.Thread(target=self._run, name="relay", daemon=True)
+        self._next_share = 0.0
+        self._thread = threading.Thread(target=self._run, name=f"relay-{shard}", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def wake(self) -> None:
-        """Rows were committed."""
         self._wake.set()
 
-    def stop(self) -> None:
-        """What is under way has a few seconds; what is left is sent at the next start."""
+    def ask_to_stop(self) -> None:
         self._stopped.set()
         self._wake.set()
+
+    def join(self) -> None:
         self._thread.join()
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             try:
                 self._lead_and_work()
-            except (SQLAlchemyError, NotPublished) as error:
+            except (SQLAlchemyError, NotPublished, StreamLost) as error:
                 logger.error("relay_waits seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
                 self._drop_producer()
             except Exception:
                 logger.exception("relay_failed")
                 self._drop_producer()
+            finally:
+                self._relay.leads.discard(self._shard)
             self._stopped.wait(TROUBLE_SECONDS)
         self._drop_producer()
         if self._lock_file is not None:
             os.close(self._lock_file)
 
     def _lead_and_work(self) -> None:
-        # A connection of its own, not the pool's: the lock lives as long as it does, and must not outlive this.
-        engine = create_engine(self._database.engine.url, poolclass=NullPool)
         if self._database.kind == "sqlite":
-            engine = self._database.engine
+            with self._database.engine.connect() as connection:
+                if self._lock():
+                    self._work(connection)
+            return
+        # A connection of its own, not the pool's: the locks live as long as it does, and must not outlive this.
+        url = self._database.engine.url
+        engine = create_engine(url, poolclass=NullPool, connect_args={"application_name": self._relay.name})
         with engine.connect() as connection:
             if self._lead(connection):
+                self._relay.leads.add(self._shard)
                 self._work(connection)
 
-    def _lead(self, connection: Connection) -> bool:
-        """Whether this relay is the one."""
-        if connection.dialect.name == "postgresql":
-            query = "SELECT pg_try_advisory_lock(:lock, CAST(CAST('headwater_outbox' AS regclass) AS oid)::int)"
-            mine = connection.execute(text(query), {"lock": ADVISORY_LOCK}).scalar_one()
-            connection.commit()
-            return bool(mine)
+    # Leading
+
+    def _lock(self) -> bool:
+        """Whether this relay is the one of an SQLite database."""
         if self._lock_file is None:
             path = os.path.realpath(self._database.url.database or "") + "-relay"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -103,36 +192,98 @@ class Relay:
             self._lock_file = descriptor
         return True
 
-    def _work(self, connection: Connection) -> None:
-        """Until stopped. Raises NotPublished, SQLAlchemyError."""
-        while not self._stopped.is_set():
-            self._wake.clear()
-            rows = read_rows(connection, BATCH)
-            connection.rollback()  # no transaction is open while records are under way
-            if not rows:
-                self._look_for_held_rows(connection)
-                self._wake.wait(POLL_SECONDS)
-                continue
-            sent, trouble = self._send(rows)
-            if sent:
-                delete_rows(connection, sent)
-                connection.commit()
-            if trouble is not None:
-                raise trouble
+    def _lead(self, connection: Connection) -> bool:
+        """Whether this relay is the one of its shard."""
+        presence = {"space": self._space(connection), "number": PRESENCE + self._outbox.shards}
+        connection.execute(text("SELECT pg_advisory_lock_shared(:space, :number)"), presence)
+        others, processes = self._present(connection)
+        if others:
+            logger.warning("relay_waits reason=another process has %s shards, this one %d", others, self._outbox.shards)
+            return False
+        if len(self._relay.leads) >= self._share(processes):
+            return False
+        wanted = {"space": presence["space"], "number": self._shard}
+        mine = connection.execute(text("SELECT pg_try_advisory_lock(:space, :number)"), wanted).scalar_one()
+        connection.commit()
+        return bool(mine)
 
-    def _look_for_held_rows(self, connection: Connection) -> None:
-        """Rows that can't be read yet, because an open transaction of the database could still come before them."""
+    def _space(self, connection: Connection) -> int:
+        """Of the locks: the table's id, apart from other users of advisory locks."""
+        query = text("SELECT CAST(CAST(:name AS regclass) AS oid)::int # :lock")
+        found = connection.execute(query, {"name": self._outbox.name, "lock": ADVISORY_LOCK}).scalar_one()
+        return int(found)
+
+    def _present(self, connection: Connection) -> tuple[str, int]:
+        """Other counts of shards that relays of this table have, and how many processes have ours."""
+        query = text(
+            "SELECT l.objid::bigint - :presence, count(DISTINCT a.application_name) FROM pg_locks l "
+            "JOIN pg_stat_activity a USING (pid) WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND l.granted "
+            "AND l.classid = CAST(CAST(:space AS bigint) & 4294967295 AS oid) AND l.objid::bigint > :presence "
+            "AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database()) GROUP BY 1"
+        )
+        found = connection.execute(query, {"presence": PRESENCE, "space": self._space(connection)}).all()
+        connection.commit()
+        counts = {int(count): int(processes) for count, processes in found}
+        processes = counts.pop(self._outbox.shards, 1)
+        return ", ".join(map(str, sorted(counts))), processes
+
+    def _share(self, processes: int) -> int:
+        return math.ceil(self._outbox.shards / max(1, processes))
+
+    def _leads_too_many(self, connection: Connection) -> bool:
+        """Whether this shard is to be given up, so that another process has its share."""
+        if self._outbox.shards == 1 or time.monotonic() < self._next_share:
+            return False
+        self._next_share = time.monotonic() + SHARE_SECONDS
+        _, processes = self._present(connection)
+        led = sorted(self._relay.leads)
+        return led.index(self._shard) >= self._share(processes) if self._shard in led else False
+
+    # Working
+
+    def _rows(self, connection: Connection) -> Rows:
+        if self._outbox.source is Source.REPLICATION:
+            from headwater.store.replication import Replication
+
+            return Replication(self._outbox, self._database.url, connection)
+        return Polling(self._outbox, connection, self._shard, self._wake)
+
+    def _work(self, connection: Connection) -> None:
+        """Until stopped. Raises NotPublished, SQLAlchemyError, StreamLost."""
+        rows_from = self._rows(connection)
+        rows_from.open()
+        try:
+            while not self._stopped.is_set() and not self._leads_too_many(connection):
+                rows = rows_from.next(BATCH, POLL_SECONDS)
+                if not rows:
+                    self._look(connection)
+                    continue
+                sent, trouble = self._send(rows, rows_from)
+                if sent:
+                    rows_from.settle(sent, is_all=trouble is None)
+                if trouble is not None:
+                    raise trouble
+        finally:
+            rows_from.close()
+
+    def _look(self, connection: Connection) -> None:
+        """Now and then: rows that can't be read yet, because an open transaction could still come before them, and rows
+        that were kept for long enough."""
         if time.monotonic() < self._next_look:
             return
-        self._next_look = time.monotonic() + HELD_SECONDS
-        held = rows_older_than(connection, HELD_SECONDS)
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        status = self._outbox.status(connection)
         connection.rollback()
-        if held:
+        if self._outbox.shards == 1 and status.oldest_seconds is not None and status.oldest_seconds > HELD_SECONDS:
             logger.warning(
-                "outbox_held rows=%d older_than_seconds=%d reason=a transaction is open for as long", held, HELD_SECONDS
-            )
+                "outbox_held rows=%d oldest_seconds=%.0f reason=a transaction is open for as long", status.waiting,
+                status.oldest_seconds,
+            )  # fmt: skip
+        while self._shard == 0 and not self._stopped.is_set() and self._outbox.clean(connection):
+            connection.commit()
+        connection.commit()
 
-    def _send(self, rows: Sequence[OutboxRow]) -> tuple[list[OutboxRow], NotPublished | None]:
+    def _send(self, rows: Sequence[OutboxRow], rows_from: Rows) -> tuple[list[OutboxRow], NotPublished | None]:
         """The rows that were acknowledged, and what kept the others."""
         if self._producer is None:
             self._producer = KafkaProducer(self._settings, Profile.LATENCY)
@@ -146,6 +297,7 @@ class Relay:
                 break
         deadline = time.monotonic() + ACK_SECONDS
         while not round_.done.wait(0.1):
+            rows_from.keep_alive()
             if self._stopped.is_set():
                 deadline = min(deadline, time.monotonic() + STOP_SECONDS)
             if time.monotonic() > deadline:

@@ -15,7 +15,7 @@ from typing import Self
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from headwater.store.outbox import OutboxRow, insert_rows, values
+from headwater.store.outbox import Outbox, OutboxRow
 
 ToRow = Callable[[object], OutboxRow]
 """Finds the event's topic and key and puts it in its envelope; raises for an event that no topic lists."""
@@ -28,10 +28,13 @@ class WrongSession(TypeError):
 class UnitOfWork:
     """For async and sync sessions: enter it the way the session is."""
 
-    def __init__(self, session: "AsyncSession | Session", to_row: ToRow, committed: Callable[[], None]) -> None:
+    def __init__(
+        self, session: "AsyncSession | Session", to_row: ToRow, outbox: Outbox, committed: Callable[[], None]
+    ) -> None:
         """`committed` is called when rows were committed: the relay may go at once."""
         self.session = session
         self._to_row = to_row
+        self._outbox = outbox
         self._committed = committed
         self._rows: list[OutboxRow] = []
         self._is_over = False
@@ -72,7 +75,7 @@ class UnitOfWork:
             return
         try:
             if self._rows:
-                await session.execute(insert_rows(), values(self._rows))
+                await session.execute(self._outbox.insert_rows(), self._outbox.values(self._rows))
             await session.commit()
         except BaseException:
             await session.rollback()
@@ -94,7 +97,7 @@ class UnitOfWork:
             return
         try:
             if self._rows:
-                session.execute(insert_rows(), values(self._rows))
+                session.execute(self._outbox.insert_rows(), self._outbox.values(self._rows))
             session.commit()
         except BaseException:
             session.rollback()
