@@ -69,6 +69,8 @@ MUTANTS = [
            "tests/store/test_outbox_tables.py::test_what_a_new_slot_and_the_table_both_have_is_published_once"),
     Mutant("one count of shards at a time", RUNTIME + "relay.py", "        if others:", "        if False:",
            "tests/store/test_outbox_tables.py::test_relays_that_count_shards_differently_do_not_work_at_once"),
+    Mutant("a timer that fired is gone", STORE + "schedule.py", "        connection.execute(delete(timers).where(columns.name.in_([name for name, *_ in found])))", "        pass",
+           "tests/store/test_schedule.py::test_a_timer_survives_restarts_and_many_processes"),
     Mutant("a full disk is told, and passes", BROKER + "node.py", "FULL = (errno.ENOSPC, ", "FULL = (",
            "tests/log/test_power_cut.py::test_a_full_disk_refuses_produce_and_loses_nothing"),
     Mutant("a retry is not appended again", LOG + "producer_state.py",

@@ -109,6 +109,25 @@ def encode(
     return Encoded(envelope.event_id, envelope.event_type, value, headers)
 
 
+def restamped(value: bytes | None, headers: Headers) -> tuple[bytes | None, Headers]:
+    """An encoded event, as if it happened now."""
+    at = now()
+    names = [name for name, _ in headers]
+    if "headwater-timestamp" in names:
+        i = names.index("headwater-timestamp")
+        return value, [*headers[:i], ("headwater-timestamp", at.isoformat().encode()), *headers[i + 1 :]]
+    if value is None:
+        return value, headers
+    envelope = msgspec.json.decode(value, type=_RawEnvelope)
+    return _encoder.encode(msgspec.structs.replace(envelope, timestamp=at)), headers
+
+
+class _RawEnvelope(Envelope, frozen=True, rename="camel"):
+    """An envelope whose data is left as it is."""
+
+    data: msgspec.Raw
+
+
 def _more_headers(envelope: Envelope) -> Headers:
     """What is in no value."""
     headers: Headers = [("headwater-timestamp", envelope.timestamp.isoformat().encode())]

@@ -44,6 +44,7 @@ from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
 from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
 from headwater.runtime.schemas import Schemas
 from headwater.runtime.subscription import Subscription, Surroundings
+from headwater.runtime.timers import Timers
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
 from headwater.runtime.transaction import unique_id
 from headwater.settings import Settings, from_environment
@@ -95,6 +96,7 @@ class App:
         self._producer: KafkaProducer | None = None
         self._loop_producer: LoopProducer | None = None
         self._relay: Relay | None = None
+        self._timers: Timers | None = None
         self._users = 0
         self._failed: Callable[[Exception], None] | None = None
         self._before: list[Callable[[], Awaitable[None]]] = []
@@ -211,17 +213,19 @@ class App:
         database = self.database  # whose outbox the relay reads
         if session is None:
             session = database.async_sessions()
-        return UnitOfWork(session, self._router.outbox_row, self.outbox, self._wake_relay)
+        return UnitOfWork(session, self._router.outbox_row, self.outbox, self._committed)
 
     def sync_unit_of_work(self) -> UnitOfWork:
-        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self.outbox, self._wake_relay)
+        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self.outbox, self._committed)
 
     async def release(self, uow: UnitOfWork) -> None:
         await uow.async_session.close()
 
-    def _wake_relay(self) -> None:
+    def _committed(self) -> None:
         if self._relay is not None:
             self._relay.wake()
+        if self._timers is not None:
+            self._timers.wake()
 
     # Life
 
@@ -258,11 +262,16 @@ class App:
         if self._database is not None:
             self._relay = Relay(self.database, self.settings, self.outbox)
             self._relay.start()
+            self._timers = Timers(self.database, self.outbox, self._relay.wake)
+            self._timers.start()
         for function in self._before:
             await function()
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._timers is not None:
+            await loop.run_in_executor(None, self._timers.stop)
+            self._timers = None
         if self._relay is not None:
             await loop.run_in_executor(None, self._relay.stop)
             self._relay = None

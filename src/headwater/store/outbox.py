@@ -237,7 +237,7 @@ class Outbox:
             "key": row.key,
             "event_type": row.event_type,
             "payload": row.payload,
-            "headers": _encode_headers(row.headers),
+            "headers": encode_headers(row.headers),
         }
 
     def _written(self) -> list[str]:
@@ -321,7 +321,7 @@ class Outbox:
     def rows_of(self, found: Sequence[Any]) -> list[OutboxRow]:
         if self.is_own:
             return [
-                OutboxRow(id, topic, key, kind, payload, list(_decode_headers(headers)), position)
+                OutboxRow(id, topic, key, kind, payload, list(decode_headers(headers)), position)
                 for id, topic, key, kind, payload, headers, position in found
             ]
         return [self.row_of(values) for values in found]
@@ -391,8 +391,8 @@ class Outbox:
         return Status(int(waiting), max(0.0, float(seconds)) if seconds is not None else None)
 
 
-_encode_headers = msgspec.msgpack.Encoder().encode
-_decode_headers = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
+encode_headers = msgspec.msgpack.Encoder().encode
+decode_headers = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
 
 
 def _bytes(value: object) -> bytes | None:

@@ -2,6 +2,7 @@
 
 headwater_outbox   events that are to be published: see headwater.store.outbox
 headwater_inbox    events that were handled, by group: see headwater.store.inbox
+headwater_timers   events that are to be published later: see headwater.store.schedule
 """
 
 from sqlalchemy import (
@@ -48,6 +49,19 @@ inbox = Table(
     Column("state", String(8), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Index("headwater_inbox_age", "consumer_group", "created_at"),
+)
+
+timers = Table(
+    "headwater_timers",
+    metadata,
+    Column("name", String(400), primary_key=True),
+    Column("due_ms", BigInteger, nullable=False, index=True),
+    Column("event_id", String(64), nullable=False),
+    Column("topic", String(249), nullable=False),
+    Column("key", LargeBinary, nullable=True),
+    Column("event_type", String(249), nullable=False),
+    Column("payload", LargeBinary, nullable=True),
+    Column("headers", LargeBinary, nullable=False),
 )
 
 # Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the
