@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from headwater.domain.saga import Saga
+    from headwater.domain.saga_decision import Step
     from headwater.event.envelope import Envelope, Metadata
     from headwater.event.event import Event, Tombstone
     from headwater.event.topic import Topic
@@ -32,7 +34,9 @@ PUBLIC = {
     "Outbox": "headwater.store.outbox",
     "Profile": "headwater.kafka.producer",
     "Retry": "headwater.runtime.retry",
+    "Saga": "headwater.domain.saga",
     "Settings": "headwater.settings",
+    "Step": "headwater.domain.saga_decision",
     "Tier": "headwater.runtime.handler",
     "Tombstone": "headwater.event.event",
     "Topic": "headwater.event.topic",
@@ -50,7 +54,9 @@ __all__ = [
     "Outbox",
     "Profile",
     "Retry",
+    "Saga",
     "Settings",
+    "Step",
     "Tier",
     "Tombstone",
     "Topic",

@@ -14,6 +14,7 @@ from headwater.cli import (
     registry,
     replay,
     run,
+    sagas,
     schemas,
     topics,
     up,
@@ -49,6 +50,7 @@ app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(schemas.app, name="schemas")
 app.add_typer(outbox.app, name="outbox")
+app.add_typer(sagas.app, name="sagas")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("replay")(replay.replay)
 app.command("verify")(verify.verify)

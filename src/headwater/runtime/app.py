@@ -89,6 +89,8 @@ class App:
         self._database = database
         self.outbox = outbox or Outbox()
         self.handlers: list[Handler] = []
+        self.joined: list[object] = []
+        """Sagas and other patterns that are at work in this application."""
         self._profile = profile
         self._router = Router(name)
         self._router.add(topics)

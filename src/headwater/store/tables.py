@@ -2,6 +2,7 @@
 
 headwater_outbox   events that are to be published: see headwater.store.outbox
 headwater_inbox    events that were handled, by group: see headwater.store.inbox
+headwater_sagas    long processes: see headwater.domain.saga
 headwater_timers   events that are to be published later: see headwater.store.schedule
 """
 
@@ -17,6 +18,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     event,
     func,
     text,
@@ -62,6 +64,20 @@ timers = Table(
     Column("event_type", String(249), nullable=False),
     Column("payload", LargeBinary, nullable=True),
     Column("headers", LargeBinary, nullable=False),
+)
+
+sagas = Table(
+    "headwater_sagas",
+    metadata,
+    Column("saga", String(200), primary_key=True),
+    Column("id", String(400), primary_key=True),
+    Column("status", String(16), nullable=False),
+    Column("record", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now(), onupdate=func.now()),
+    Index("headwater_sagas_status", "saga", "status", "updated_at"),
 )
 
 # Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the

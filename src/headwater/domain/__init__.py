@@ -1,0 +1,1 @@
+"""Patterns of a business: sagas. On top of the runtime, in the application's own database."""
