@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LONG := $(VENV)/.long
 EXAMPLE ?= shop
 ENGINE ?= embedded
 
@@ -31,7 +32,10 @@ check: install ## style, types, layers and the tests that need no server; under 
 
 test: install ## all tests, on the embedded broker and on Apache Kafka
 	@$(BIN)/python -m tests.kit.install
-	@$(BIN)/python -m pytest -m "not soak" --durations=30 --durations-min=8
+	@nice -n 19 $(BIN)/python -m pytest -m "long and not soak" > $(LONG) 2>&1 & long=$$!; \
+	$(BIN)/python -m pytest -m "not long and not soak" --durations=30 --durations-min=8; others=$$?; \
+	wait $$long; longs=$$?; echo "and those that only compute, which ran beside them:"; cat $(LONG); \
+	exit $$((others ? others : longs))
 
 soak: install ## what needs minutes; writes docs/evidence
 	@$(BIN)/python -m tests.kit.install
