@@ -77,6 +77,8 @@ MUTANTS = [
            "tests/domain/test_saga.py::test_in_the_end_all_is_done_or_nothing_is_left"),
     Mutant("a saga that changed meanwhile is noticed", "src/headwater/domain/saga.py", "columns.version == row.version)", "True)",
            "tests/domain/test_saga.py::test_other_writers_of_a_saga_are_noticed"),
+    Mutant("a job waits for what is parked", RUNTIME + "job.py", "if progress is not None and progress.parked:", "if False:",
+           "tests/runtime/test_job.py::test_a_job_handles_what_is_there_and_ends"),
     Mutant("a full disk is told, and passes", BROKER + "node.py", "FULL = (errno.ENOSPC, ", "FULL = (",
            "tests/log/test_power_cut.py::test_a_full_disk_refuses_produce_and_loses_nothing"),
     Mutant("a retry is not appended again", LOG + "producer_state.py",

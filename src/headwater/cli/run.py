@@ -53,6 +53,10 @@ class JsonLines(logging.Formatter):
 
 def run(
     target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.inventory:app.")],
+    until_now: Annotated[
+        bool,
+        typer.Option("--until-now", help="A job: handle what the topics have at the start, then end with exit code 0."),
+    ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
 ) -> None:
@@ -69,7 +73,7 @@ def run(
         except EXPLAINED as error:
             raise UserError(_shown(error), CANNOT_BE) from None
         try:
-            run_app(app)
+            run_app(app, until_now=until_now)
         except EXPLAINED as error:
             raise UserError(_shown(error)) from None
 

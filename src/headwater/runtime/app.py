@@ -38,6 +38,7 @@ from headwater.kafka.producer import (
 from headwater.runtime.alert import Alerts
 from headwater.runtime.handler import Function, Handler, InvalidHandler, Options, Tier
 from headwater.runtime.history import History
+from headwater.runtime.job import Job
 from headwater.runtime.publish import Router
 from headwater.runtime.relay import Relay
 from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
@@ -58,6 +59,7 @@ logger = logging.getLogger(__name__)
 F = TypeVar("F", bound=Function)
 
 STOP_SECONDS = 20.0
+JOB_LOOK_SECONDS = 0.3
 DEFAULT_MAX_MESSAGE_BYTES = "1048588"
 KNOWN_SECONDS = 15.0  # for a topic that was made to be known everywhere
 DEFAULT_RETRY = Retry()
@@ -372,8 +374,9 @@ class App:
             if counts.get(name, partitions) < partitions:
                 admin.grow_topic(name, partitions)
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Until `stop` is set. Raises CannotStart, AdminError, ConsumerFailed, NotPublished."""
+    async def run(self, stop: asyncio.Event, *, until_now: bool = False) -> None:
+        """Until `stop` is set. until_now: until its handlers have handled all that their topics have at the start, dead letters
+        and retries among it. Raises CannotStart, AdminError, ConsumerFailed, NotPublished."""
         loop = asyncio.get_running_loop()
         failure: asyncio.Future[None] = loop.create_future()
 
@@ -389,9 +392,10 @@ class App:
                 asyncio.create_task(serve(self._web[0], listener, stop)) if self._web and listener is not None else None
             )
             stopping = asyncio.create_task(stop.wait())
+            caught_up = asyncio.create_task(self._catch_up()) if until_now else None
             logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
             try:
-                waited = [task for task in (stopping, failure, web) if task is not None]
+                waited = [task for task in (stopping, failure, web, caught_up) if task is not None]
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stop.set()
@@ -403,10 +407,25 @@ class App:
                 for each in subscriptions:
                     await each.close()
                 stopping.cancel()
+                if caught_up is not None:
+                    caught_up.cancel()
+            if caught_up is not None and caught_up.done() and not caught_up.cancelled():
+                caught_up.result()
             if web is not None:
                 await web
         if failure.done():
             failure.result()
+
+    async def _catch_up(self) -> None:
+        """Returns when each group has settled what its topic has now. Raises AdminError, CannotStart."""
+        if not self.handlers:
+            raise CannotStart(f"{self.name} has no handlers: there is nothing that could be done up to now.")
+        loop = asyncio.get_running_loop()
+        admin = KafkaAdmin(self.settings)
+        job = Job(admin, [(handler.group, handler.topic.name) for handler in self.handlers])
+        await loop.run_in_executor(None, job.take_ends)
+        while not await loop.run_in_executor(None, job.is_done):
+            await asyncio.sleep(JOB_LOOK_SECONDS)
 
     def _subscribe(self, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]) -> list[Subscription]:
         assert self._loop_producer is not None

@@ -28,13 +28,13 @@ def load(target: str) -> App:
     return app
 
 
-def run(app: App) -> None:
+def run(app: App, *, until_now: bool = False) -> None:
     """The whole life of an application's process. Raises CannotStart, AdminError."""
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_run(app))
+        runner.run(_run(app, until_now=until_now))
 
 
-async def _run(app: App) -> None:
+async def _run(app: App, *, until_now: bool) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -45,4 +45,4 @@ async def _run(app: App) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked)
-    await app.run(stop)
+    await app.run(stop, until_now=until_now)
