@@ -23,7 +23,7 @@ PROGRAM = """
     app = App("job")
     tried = set()
 
-    @app.handler(topic, group=os.environ["TOPIC"], retry=Retry(3, "300ms"))
+    @app.handler(topic, group=os.environ["TOPIC"], retry=Retry(3, "1200ms"))
     async def handle(event: Placed) -> None:
         if event.number % 50 == 7 and event.number not in tried:
             tried.add(event.number)
