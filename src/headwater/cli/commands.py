@@ -6,6 +6,7 @@ import typer
 
 from headwater import __version__
 from headwater.cli import (
+    apply,
     consume,
     dead_letters,
     groups,
@@ -52,6 +53,7 @@ app.add_typer(schemas.app, name="schemas")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(sagas.app, name="sagas")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.command("apply")(apply.apply)
 app.command("replay")(replay.replay)
 app.command("verify")(verify.verify)
 app.command("registry")(registry.registry)

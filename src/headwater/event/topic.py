@@ -17,6 +17,7 @@ from headwater.schema.schema import SchemaType
 from headwater.settings import duration_seconds
 
 FOREVER = "forever"
+CLASS_RETENTION = {"events": "7d", "raw": "30d", "audit": "90d"}
 
 
 class InvalidTopic(ValueError):
@@ -35,10 +36,14 @@ class Topic:
         compacted: bool = False,
         configs: Mapping[str, str] | None = None,
         schema: str | None = None,
+        class_: str | None = None,
+        replication: int | None = None,
     ) -> None:
         """Raises InvalidTopic, NotAnEvent, InvalidSetting.
 
         retention: a duration (`7d`, `1y`), "forever", or None for the broker's own.
+        class_: events, raw or audit, which are kept for at least 7, 30 and 90 days; and for so long unless said.
+        replication: how many replicas; None: as many as the broker says.
         configs: further topic configs by Kafka's names.
         schema: avro, json or protobuf: values are data behind the id of a schema in a registry, one subject for each event,
         `<topic>-<namespace.Name>`. None: values are envelopes, as JSON.
@@ -60,9 +65,10 @@ class Topic:
         self.partitions = partitions
         self.configs = dict(configs or {})
         self.schema = _schema_type(name, schema)
-        if retention is not None:
-            seconds = -1 if retention == FOREVER else duration_seconds(retention)
-            self.configs["retention.ms"] = str(round(seconds * 1000) if seconds >= 0 else -1)
+        self.replication = replication
+        milliseconds = retention_ms(name, retention, class_)
+        if milliseconds is not None:
+            self.configs["retention.ms"] = str(milliseconds)
         if compacted:
             self.configs["cleanup.policy"] = "compact"
         names = [cls.__name__ for cls in events]
@@ -93,6 +99,21 @@ class Topic:
 
     def __repr__(self) -> str:
         return f"Topic({self.name!r})"
+
+
+def retention_ms(topic: str, retention: str | None, class_: str | None) -> int | None:
+    """How long a topic's records are kept, in milliseconds; -1 for ever, None as the broker says. Raises InvalidTopic,
+    InvalidSetting."""
+    if class_ is not None and class_ not in CLASS_RETENTION:
+        raise InvalidTopic(f"the topic {topic} has the class {class_!r}: {', '.join(CLASS_RETENTION)}.")
+    if retention == FOREVER:
+        return -1
+    least = CLASS_RETENTION[class_] if class_ is not None else None
+    if retention is None:
+        return round(duration_seconds(least) * 1000) if least is not None else None
+    if least is not None and duration_seconds(retention) < duration_seconds(least):
+        raise InvalidTopic(f"the topic {topic} is kept for {retention}, and its class {class_} for at least {least}.")
+    return round(duration_seconds(retention) * 1000)
 
 
 def _schema_type(topic: str, name: str | None) -> SchemaType | None:

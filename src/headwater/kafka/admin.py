@@ -114,6 +114,9 @@ class KafkaAdmin:
     def partition_counts(self) -> dict[str, int]:
         return {name: len(topic.partitions) for name, topic in self._metadata().topics.items()}
 
+    def broker_count(self) -> int:
+        return len(self._metadata().brokers)
+
     def create_topic(
         self, name: str, partitions: int = -1, replication_factor: int = -1, configs: Mapping[str, str] | None = None
     ) -> bool:

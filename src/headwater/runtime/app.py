@@ -336,8 +336,12 @@ class App:
                 f"{self.name} needs topics that are missing or too small, and may not create them. Run:\n"
                 + "\n".join(commands)
             )
+        replications = {topic.name: topic.replication for topic in self.topics if topic.replication is not None}
+        brokers = admin.broker_count() if replications else 0
         for name, (partitions, configs) in missing.items():
-            admin.create_topic(name, partitions, configs=configs)
+            # what is declared for a cluster runs on a laptop too; `headwater apply` says what is missing
+            replicas = min(replications.get(name, -1), brokers) if name in replications else -1
+            admin.create_topic(name, partitions, replicas, configs)
         for name, partitions in small.items():
             admin.grow_topic(name, partitions)
         names = sorted({handler.topic.name for handler in self.handlers})
@@ -480,11 +484,31 @@ def _topics_of_failures(
         if handler.dead_topic not in present or handler.retry_topic not in present:
             found = _when_known(lambda: admin.topic_configs(handler.topic.name))
             configs = {name: each.value for name, each in found.items()}
+    return _failure_shapes(handler, partitions, configs)
+
+
+def _failure_shapes(
+    handler: Handler, partitions: int, configs: Mapping[str, str]
+) -> dict[str, tuple[int, dict[str, str]]]:
+    """Of a source with these."""
     largest = {"max.message.bytes": str(int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + HEADER_ROOM)}
     return {
         handler.retry_topic: (partitions, {**RETRY_CONFIGS, **largest}),
         handler.dead_topic: (partitions, {**DEAD_CONFIGS, **largest}),
     }
+
+
+def topics_of(app: App) -> dict[str, tuple[int, int | None, dict[str, str]]]:
+    """What the application declares: partitions, replicas and configs, by name; its handlers' retry and dead-letter topics
+    among them, with the replicas of their source."""
+    found = {topic.name: (topic.partitions, topic.replication, dict(topic.configs)) for topic in app.topics}
+    for handler in app.handlers:
+        if handler.options.retry is not None:
+            shapes = _failure_shapes(handler, handler.topic.partitions, handler.topic.configs)
+            found.update(
+                {name: (count, handler.topic.replication, configs) for name, (count, configs) in shapes.items()}
+            )
+    return found
 
 
 T = TypeVar("T")
