@@ -2,6 +2,7 @@
 
 headwater_outbox   events that are to be published: see headwater.store.outbox
 headwater_inbox    events that were handled, by group: see headwater.store.inbox
+headwater_patterns what patterns know of their keys: see headwater.stream.pattern
 headwater_sagas    long processes: see headwater.domain.saga
 headwater_timers   events that are to be published later: see headwater.store.schedule
 """
@@ -78,6 +79,16 @@ sagas = Table(
     Column("started_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
     Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now(), onupdate=func.now()),
     Index("headwater_sagas_status", "saga", "status", "updated_at"),
+)
+
+patterns = Table(
+    "headwater_patterns",
+    metadata,
+    Column("pattern", String(200), primary_key=True),
+    Column("key", String(400), primary_key=True),
+    Column("known", Text, nullable=False),
+    Column("newest_ms", BigInteger, nullable=False),
+    Index("headwater_patterns_age", "pattern", "newest_ms"),
 )
 
 # Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the

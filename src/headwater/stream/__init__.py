@@ -1,0 +1,1 @@
+"""Patterns over streams of events, by their own time."""
