@@ -64,7 +64,7 @@ def abandoned(name: str = "abandoned", within: str = "30m") -> Any:
         ((0, 1, 2, 3, 4), 1),  # those that were signalled count no more
         ((0, 1, 2, 3, 4, 5), 2),
         ((10, 0, 5), 1),  # out of order
-        ((0, 1, 2, 1.5), 1),  # late, within what was signalled
+        ((0, 1, 2, 1.5, 1.2, 1.7), 1),  # late, within what was signalled
         ((0, 30, 60, 90), 0),
         ((0, 30, 35, 39), 1),
     ],
