@@ -1,10 +1,16 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry` for one part."""
+"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats` for one part."""
 
 import sys
 
-from benchmarks import app, broker, delivery, registry
+from benchmarks import app, broker, delivery, formats, registry
 
-PARTS = {"broker": broker.run, "app": app.run, "delivery": delivery.run, "registry": registry.run}
+PARTS = {
+    "broker": broker.run,
+    "app": app.run,
+    "delivery": delivery.run,
+    "registry": registry.run,
+    "formats": formats.run,
+}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PARTS:
