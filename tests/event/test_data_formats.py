@@ -391,6 +391,71 @@ def test_older_versions_are_upcast_one_after_the_other(kind: SchemaType | None, 
     assert decoder.decode(encoded.value, encoded.headers, "t:0:1", 0).data == expected
 
 
+class Seen(Event):
+    event_version = "v2"
+    upcasts = {"v1": lambda data: {**data, "place": "home"}}
+
+    at: datetime
+    blob: bytes
+    place: str
+
+
+class SeenV1(Event):
+    at: datetime
+    blob: bytes
+
+
+SeenV1.__name__ = "Seen"
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, None])
+def test_upcasts_keep_times_and_bytes(kind: SchemaType | None) -> None:
+    """Whether the format has them as text or as they are."""
+    old, new = (
+        SeenV1(datetime(2026, 1, 1, tzinfo=UTC), b"\xff"),
+        Seen(datetime(2026, 1, 1, tzinfo=UTC), b"\xff", "home"),
+    )
+    if kind is None:
+        assert Decoder([Seen]).decode(encode(old, "shop", CAUSE).value or b"").data == new
+        return
+    form = data_format(kind)
+    encoded = encode(old, "shop", CAUSE, None, Framed(7, kind, form.writer(SeenV1)))
+    decoder = FramedDecoder([Seen], kind)
+    decoder.learn(7, WriterSchema(form.schema_of(SeenV1), kind))
+    assert decoder.decode(encoded.value or b"", encoded.headers, "t:0:1", 0).data == new
+
+
+class Wish(Event):
+    text: str | None
+    other: str | None = "x"
+    line: Line | None = Line("q", 1)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_none_is_none_whatever_the_default_is(kind: SchemaType) -> None:
+    form = data_format(kind)
+    read = form.reader(Wish, WriterSchema(form.schema_of(Wish), kind))
+    for wish in (Wish(None, None, None), Wish("a", "b", Line("c", 2)), Wish(None)):
+        assert read(form.writer(Wish)(wish)) == wish
+
+
+def test_protobuf_goes_by_numbers() -> None:
+    """A field of another name is the same; one that the writer didn't have is zero, as proto3 says."""
+
+    class Named(Event):
+        name: str
+
+    class Renamed(Event):
+        full_name: str
+        count: int
+        tags: list[str]
+
+    Renamed.__name__ = Renamed.__qualname__ = "Named"
+    form = data_format(SchemaType.PROTOBUF)
+    read = form.reader(Renamed, WriterSchema(form.schema_of(Named), SchemaType.PROTOBUF))
+    assert read(form.writer(Named)(Named("ada"))) == Renamed("ada", 0, [])
+
+
 def test_an_upcast_that_fails_is_undecodable() -> None:
     value = encode(msgspec.structs.replace(PaidV1("o", 1.0)), "shop", CAUSE).value
     assert value is not None

@@ -56,6 +56,21 @@ class Postgres:
             assert self._process.poll() is None, "PostgreSQL ended"
             time.sleep(0.03)
 
+    def set_next_xid(self, xid: int) -> None:
+        """As if so many transactions had been. While it is stopped."""
+        data = self._home / "data"
+        # the page of the commit log that the number is on must be there
+        page = data / "pg_xact" / f"{xid // (32 * 8192 * 4):04X}"
+        page.write_bytes(bytes(32 * 8192))
+        if os.geteuid() == 0:
+            shutil.chown(page, "postgres", "postgres")
+        self._run("pg_resetwal", "-f", "-x", str(xid), "-D", str(data))
+
+    def end(self) -> None:
+        """Stop it; `begin` goes on with its data."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(15)
+
     def crash(self) -> None:
         """At once, as after a power cut of the process."""
         self._process.send_signal(signal.SIGQUIT)

@@ -7,7 +7,11 @@ import textwrap
 import threading
 from pathlib import Path
 
+from headwater.cli.groups import partition_rows
+from headwater.kafka.admin import KafkaAdmin
 from tests.conftest import Engine
+from tests.kit.clients import wait_until
+from tests.kit.running import settings_for
 from tests.runtime.test_app import Placed, publish_all, topic_for
 
 PROGRAM = """
@@ -87,6 +91,29 @@ def test_a_job_ends_although_more_comes(embedded: Engine, unique: str, tmp_path:
         traffic.join()
     assert done.returncode == 0, done.stderr
     assert set(handled(tmp_path)) >= set(range(100, 150))
+
+
+def test_a_job_that_is_stopped_before_its_end_does_not_say_it_is_done(
+    embedded: Engine, unique: str, tmp_path: Path
+) -> None:
+    """SIGTERM: exit code 1, so that a scheduler starts it again."""
+    topic = topic_for(unique)
+    publish_all(embedded, topic, [Placed("o1", 13)])  # its handler fails and fails
+    (tmp_path / "job_app.py").write_text(textwrap.dedent(PROGRAM).replace('"1200ms"', '"60s"'))
+    environment = {**os.environ, "TOPIC": unique, "OUT": str(tmp_path / "out"),
+                   "HEADWATER_BOOTSTRAP_SERVERS": embedded.bootstrap_servers}  # fmt: skip
+    command = [sys.executable, "-m", "headwater", "run", "--until-now", "job_app:app"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    admin = KafkaAdmin(settings_for(embedded))
+    wait_until(lambda: parked(admin, unique), "the event to be parked")
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "before it had handled all" in said
+
+
+def parked(admin: KafkaAdmin, group: str) -> bool:
+    return any(row.parked for row in partition_rows(admin, group))
 
 
 def test_an_application_without_handlers_is_no_job(embedded: Engine, unique: str, tmp_path: Path) -> None:

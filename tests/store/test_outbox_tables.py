@@ -452,7 +452,8 @@ def test_by_replication_a_key_has_the_order_of_its_commits(
 
     async def main() -> None:
         async with app.lifespan():
-            whole = f"SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = '{slot_name(replicated)}'"
+            name = slot_name(replicated, url.rpartition("/")[2])
+            whole = f"SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = '{name}'"
             await asyncio.to_thread(wait_until, lambda: run(url, whole) == [(WHOLE,)], "the stream")
             for number in range(0, 40, 2):
                 slow, fast = app.database.sessions(), app.database.sessions()
@@ -515,7 +516,7 @@ def test_a_slot_that_was_lost_loses_nothing(embedded: Engine, unique: str) -> No
             with app.database.sessions() as session, app.unit_of_work(session) as uow:
                 uow.publish(Changed("a", number))
         run(server.url, "CREATE TABLE noise (x text)")
-        state = f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot_name(outbox)}'"
+        state = f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot_name(outbox, 'postgres')}'"
 
         def lost() -> bool:
             run(server.url, "INSERT INTO noise SELECT repeat('x', 1000) FROM generate_series(1, 20000)", "CHECKPOINT")
@@ -557,6 +558,61 @@ def test_what_a_new_slot_and_the_table_both_have_is_published_once(url: str) -> 
         found += source.next(10, 0.3)
         source.close()
     assert [json.loads(row.payload or b"")["data"]["number"] for row in found] == [1, 2]
+
+
+def go(engine: Engine, url: str, topic: Topic, outbox: Outbox, numbers: range) -> None:
+    """An application publishes these, and ends when they are in their topic."""
+
+    async def main() -> None:
+        app = relaying(engine, url, topic, outbox)
+        async with app.lifespan():
+            for number in numbers:
+                with app.database.sessions() as session, app.unit_of_work(session) as uow:
+                    uow.publish(Changed("a", number))
+            await drained(app)
+
+    asyncio.run(main())
+
+
+def test_replication_goes_on_where_transactions_have_large_numbers(embedded: Engine, unique: str) -> None:
+    """Their ids have 32 bits on the wire, and go round."""
+    server = Postgres().start()
+    try:
+        topic = Topic(unique, key="account_id", events=[Changed])
+        for database in ("postgres", "template1"):
+            run(server.url.rpartition("/")[0] + f"/{database}", "VACUUM FREEZE")
+        server.end()
+        server.set_next_xid(3_000_000_000)
+        server.begin()
+        for first in range(0, 30, 10):
+            go(embedded, server.url, topic, Outbox(source="replication"), range(first, first + 10))
+    finally:
+        server.stop()
+    assert numbers_of(embedded, unique) == list(range(30))
+
+
+def test_databases_of_one_server_have_slots_of_their_own(
+    embedded: Engine, url: str, postgres: Postgres, unique: str
+) -> None:
+    """Slots are the server's: two services with a database each."""
+    topics = [Topic(f"{unique}{i}", key="account_id", events=[Changed]) for i in range(2)]
+    other = f"t{uuid.uuid4().hex[:12]}"
+    run(postgres.url, f"CREATE DATABASE {other}")
+    urls = [url, f"postgresql://postgres@127.0.0.1:{postgres.port}/{other}"]
+    for first in (0, 5):
+        for each, topic in zip(urls, topics, strict=True):
+            go(embedded, each, topic, Outbox(source="replication"), range(first, first + 5))
+    run(postgres.url, f"SELECT pg_drop_replication_slot('{slot_name(Outbox(), other)}')")
+    assert [numbers_of(embedded, topic.name) for topic in topics] == [list(range(10))] * 2
+
+
+def test_a_table_that_was_made_anew_is_published(embedded: Engine, url: str, unique: str) -> None:
+    """By a migration that swaps it: the publication goes by the table, not by its name."""
+    topic = Topic(unique, key="account_id", events=[Changed])
+    go(embedded, url, topic, Outbox(source="replication"), range(5))
+    run(url, "DROP TABLE headwater_outbox")
+    go(embedded, url, topic, Outbox(source="replication"), range(5, 10))
+    assert numbers_of(embedded, unique) == list(range(10))
 
 
 @pytest.mark.parametrize(

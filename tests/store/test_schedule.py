@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from headwater import App, Event, Topic
 from headwater.kafka.admin import KafkaAdmin
@@ -42,7 +43,7 @@ def in_unit_of_work(app: App) -> UnitOfWork:
 
 def left(app: App) -> int:
     with app.database.engine.connect() as connection:
-        return schedule.waiting(connection) + app.outbox.status(connection).waiting
+        return schedule.waiting(connection, app.name) + app.outbox.status(connection).waiting
 
 
 @pytest.mark.parametrize("session_kind", ["async", "sync"])
@@ -156,6 +157,44 @@ def test_kill_9_loses_no_timer(engine: Engine, database_url: str, unique: str, t
         ids[each["data"]["number"]].add(each["eventId"])
     assert committed <= set(ids)
     assert all(len(each) == 1 for each in ids.values())
+
+
+def test_a_timer_that_can_not_be_fired_holds_up_no_other(embedded: Engine, database_url: str, unique: str) -> None:
+    """It is put off and said; the others fire. (both databases)"""
+    app = make_app(embedded, database_url, unique)
+    tables.create_tables(app.database.engine)
+    with in_unit_of_work(app) as uow:
+        uow.schedule(Reminded("a", 1), after="1ms", name="bad")
+        uow.schedule(Reminded("a", 2), after="50ms", name="good")
+    with app.database.engine.begin() as connection:
+        connection.execute(text("UPDATE headwater_timers SET headers = payload WHERE name = 'bad'"))
+
+    async def main() -> None:
+        async with app.lifespan():
+            await asyncio.to_thread(wait_until, lambda: left(app) == 1, "the other timer to fire")
+
+    asyncio.run(main())
+    assert [each["data"]["number"] for each in envelopes(embedded, unique, 1)] == [2]
+
+
+def test_applications_that_share_a_database_have_timers_of_their_own(
+    embedded: Engine, database_url: str, unique: str
+) -> None:
+    """Of one name: neither replaces, cancels or fires the other's. (both databases)"""
+    one, other = make_app(embedded, database_url, f"{unique}1"), make_app(embedded, database_url, f"{unique}2")
+    tables.create_tables(one.database.engine)
+    for number, app in enumerate((one, other)):
+        with in_unit_of_work(app) as uow:
+            uow.schedule(Reminded("a", number), after="100ms", name="cart")
+
+    async def main(app: App) -> None:
+        async with app.lifespan():
+            await asyncio.to_thread(wait_until, lambda: left(app) == 0, "the timer to fire")
+
+    asyncio.run(main(one))
+    asyncio.run(main(other))
+    for number, name in enumerate((f"{unique}1", f"{unique}2")):
+        assert [each["data"]["number"] for each in envelopes(embedded, name, 1)] == [number]
 
 
 def test_wrong_timers_are_refused(tmp_path: Path) -> None:

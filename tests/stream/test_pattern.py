@@ -133,7 +133,7 @@ def test_patterns_are_found_over_restarts(engine: Engine, database_url: str, uni
     def make() -> App:
         app = App(unique, topics=[payments, carts, orders], settings=settings_for(engine, database_url))
         failures(f"{unique}-f").join(app, [payments])
-        abandoned(f"{unique}-a", "1500ms").join(app, [carts, orders])
+        abandoned(f"{unique}-a", "4s").join(app, [carts, orders])
 
         @app.handler(payments, group=f"{unique}-s")
         async def suspicious(event: SuspiciousPayments) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from headwater.cli.output import Json, UserError, console, explained, show_json
 from headwater.runtime.app import App, CannotStart
 from headwater.runtime.lifecycle import load
-from headwater.store.outbox import InvalidOutbox
+from headwater.store.outbox import InvalidOutbox, NotMigrated
 
 app = typer.Typer(no_args_is_help=True, help="The outbox: status, migration.")
 
@@ -53,10 +53,10 @@ def migration(target: Target, json: Json = False) -> None:
         try:
             found.outbox.prepare(found.database.engine)
             statements: list[str] = []
-        except InvalidOutbox as error:
+        except NotMigrated:
             statements = found.outbox.migration()
-            if not statements:
-                raise UserError(str(error)) from None
+        except InvalidOutbox as error:
+            raise UserError(str(error)) from None
         if json:
             show_json(statements)
         else:

@@ -13,7 +13,7 @@ from headwater.event.topic import InvalidTopic
 from headwater.kafka.consumer import ConsumerFailed, OutOfRange
 from headwater.kafka.producer import NotPublished
 from headwater.kafka.registry_client import RegistryUnreachable
-from headwater.runtime.app import CannotStart
+from headwater.runtime.app import CannotStart, JobCutOff
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
@@ -26,6 +26,7 @@ from headwater.store.outbox import InvalidOutbox
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
     CannotStart,
+    JobCutOff,
     RegistryUnreachable,
     UnusableSchema,
     ConsumerFailed,

@@ -10,13 +10,17 @@ import typer
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
-from headwater.domain.saga import Saga, SagaRow, StaleSaga
+from headwater.domain.saga import Saga, SagaRow, StaleSaga, UnknownStep
 from headwater.domain.saga_decision import Status
+from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import App, CannotStart
 from headwater.runtime.lifecycle import load
+from headwater.runtime.schemas import UnusableSchema
 from headwater.store.outbox import InvalidOutbox
 
 app = typer.Typer(no_args_is_help=True, help="Sagas: list, show, resume.")
+
+RESUME_TRIES = 5
 
 Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.orders:app.")]
 Name = Annotated[str, typer.Argument(help="The saga's name.")]
@@ -77,7 +81,8 @@ def resume(
         with found.database.sessions() as session:
             row = _found(one.load(session, id), saga, id)
         found.outbox.prepare(found.database.engine)
-        for _ in range(3):
+        found.prepare_schemas()
+        for _ in range(RESUME_TRIES):
             try:
                 with found.unit_of_work(found.database.sessions()) as uow:
                     if not one.resume(uow, id, is_compensated=as_compensated):
@@ -85,6 +90,8 @@ def resume(
                 break
             except StaleSaga:
                 time.sleep(0.1)
+        else:
+            raise UserError(f"{saga} {id} changes all the time: it is not stuck any more.")
         show_json({"resumed": True}) if json else console.print(f"{saga} {id} goes on", highlight=False)
 
 
@@ -94,9 +101,9 @@ def _row(saga: Saga, row: SagaRow) -> dict[str, Any]:
         "saga": saga.name,
         "id": row.id,
         "status": record.status.value,
-        "step": saga.steps[record.step].name,
+        "step": record.names[record.step],
         "reason": record.reason,
-        "to_compensate": [saga.steps[i].name for i in record.undo],
+        "to_compensate": [record.names[i] for i in record.undo],
         "version": row.version,
     }
 
@@ -131,7 +138,7 @@ def _database() -> Iterator[None]:
     """Raises UserError."""
     try:
         yield
-    except (CannotStart, InvalidOutbox) as error:
+    except (CannotStart, InvalidOutbox, RegistryUnreachable, UnknownStep, UnusableSchema) as error:
         raise UserError(str(error)) from None
     except SQLAlchemyError as error:
         raise UserError(f"the database can't be used: {str(error).splitlines()[0]}") from None

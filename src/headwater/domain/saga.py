@@ -36,6 +36,7 @@ from headwater.domain.saga_decision import (
     Status,
     Step,
     Wait,
+    aligned,
     answer,
     deadline,
     resume,
@@ -56,6 +57,10 @@ DEFAULT_RETRY = Retry()
 
 class InvalidSaga(ValueError):
     """A declaration that can't work; the message says what to change."""
+
+
+class UnknownStep(Exception):
+    """A saga is at a step that its declaration has no more."""
 
 
 class StaleSaga(Exception):
@@ -163,13 +168,25 @@ class Saga:
             self._send(id, decision, uow)
 
     def _decide(self, row: SagaRow | None, event: Any) -> Decision | None:
+        """Raises UnknownStep."""
         if type(event) is self._starts:
             return start(self._definition, self._begin(event)) if row is None else None
         if row is None:
             return None  # of a saga that never began: not ours
+        row = row._replace(record=self._aligned(row))
         if isinstance(event, SagaDeadline):
             return deadline(self._definition, row.record, row.state, event.turn)
         return answer(self._definition, row.record, row.state, event)
+
+    def _aligned(self, row: SagaRow) -> Record:
+        """Raises UnknownStep."""
+        record = aligned(self._definition, row.record)
+        if record is None:
+            raise UnknownStep(
+                f"{self.name} {row.id} is at {row.record.names[row.record.step]}, which the saga has no more: keep a step as "
+                "long as sagas are at it, `headwater sagas list` shows which."
+            )
+        return record
 
     def _send(self, id: str, decision: Decision, uow: UnitOfWork) -> None:
         for each in decision.publish:
@@ -228,9 +245,9 @@ class Saga:
         """Of a stuck one, in a unit of work of a sync session: send the compensation again, or (is_compensated) take it as
         done by hand. False when it isn't stuck. Raises StaleSaga."""
         row = self.load(uow.sync_session, id)
-        decision = (
-            resume(self._definition, row.record, row.state, is_compensated=is_compensated) if row is not None else None
-        )
+        decision = None
+        if row is not None:
+            decision = resume(self._definition, self._aligned(row), row.state, is_compensated=is_compensated)
         if decision is None:
             return False
         self._save(uow.sync_session, id=id, row=row, decision=decision)

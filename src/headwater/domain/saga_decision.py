@@ -62,6 +62,8 @@ class Record(msgspec.Struct, frozen=True):
     """Steps that are still to be compensated, the next one first."""
     attempts: int = 0
     """How often the compensation at work was sent."""
+    names: tuple[str, ...] = ()
+    """Of the steps, when it began: what the numbers here mean."""
     is_told: bool = False
     """The failure was published."""
     reason: str = ""
@@ -90,7 +92,19 @@ class Definition(NamedTuple):
 
 
 def start(saga: Definition, state: Any) -> Decision:
-    return _send(saga, Record(), state)
+    return _send(saga, Record(names=tuple(step.name for step in saga.steps)), state)
+
+
+def aligned(saga: Definition, record: Record) -> Record | None:
+    """The record with the numbers that its steps have today; None when one that it needs is not there any more."""
+    names = [step.name for step in saga.steps]
+    if tuple(names) == record.names:
+        return record
+    needed = [record.names[i] for i in (record.step, *record.undo)]
+    if any(name not in names for name in needed):
+        return None
+    step, *undo = (names.index(name) for name in needed)
+    return msgspec.structs.replace(record, step=step, undo=tuple(undo), names=tuple(names))
 
 
 def answer(saga: Definition, record: Record, state: Any, event: object) -> Decision | None:
@@ -148,8 +162,12 @@ def _done(saga: Definition, record: Record, state: Any, i: int, event: object) -
             return _send(saga, msgspec.structs.replace(record, step=i + 1), state)
         finished = msgspec.structs.replace(record, status=Status.COMPLETED, turn=record.turn + 1)
         return Decision(finished, state, [saga.completed(state)] if saga.completed is not None else [], None)
-    if record.status is Status.COMPLETED or step.compensation is None or i in record.undo:
-        return None  # a duplicate, nothing to undo, or its compensation is still to be sent
+    if record.status is Status.COMPLETED or step.compensation is None:
+        return None  # a duplicate, or nothing to undo
+    if step.remember is not None:
+        state = step.remember(state, event)  # what undoes it may need to know
+    if i in record.undo:  # its compensation is still to be sent
+        return Decision(record, state, [], _same_wait(saga, record))
     if record.status is Status.FAILED:
         return _undo(saga, record, state, i, 1)
     return Decision(msgspec.structs.replace(record, undo=(*record.undo, i)), state, [], _same_wait(saga, record))

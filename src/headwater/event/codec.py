@@ -37,6 +37,10 @@ class Undecodable(ValueError):
     """The bytes are no event of ours; the message says what is wrong with them."""
 
 
+class NoSchemaId(Undecodable):
+    """The value is not behind the id of a schema; it may be an envelope, of before the topic had schemas."""
+
+
 class NoEnvelope(Undecodable):
     """The value is none of our envelopes; it may be an event's data, with the rest in the headers."""
 
@@ -226,7 +230,7 @@ class FramedDecoder:
         try:
             id, content = wire_format.unframe(value)
         except wire_format.NotFramed as error:
-            raise Undecodable(str(error)) from None
+            raise NoSchemaId(str(error)) from None
         if id not in self._schemas:
             raise SchemaMissing(id)
         schema = self._schemas[id]
@@ -261,7 +265,7 @@ def framed_reader(cls: type, version: str, schema: WriterSchema, form: DataForma
     plain = form.plain_reader(schema)
 
     def read(data: bytes) -> Any:
-        return _from_builtins(cls, upcast(plain(data), version, upcasts))
+        return _from_builtins(cls, upcast(plain(data), version, upcasts), form.KEPT)
 
     return read
 
@@ -320,15 +324,16 @@ def _finisher(cls: type) -> Callable[[bytes, str], Any]:
     def finish(data: bytes, version: str) -> Any:
         if not upcasts_from(version, upcasts):
             return read(data)
-        return _from_builtins(cls, upcast(msgspec.json.decode(data), version, upcasts))
+        return _from_builtins(cls, upcast(msgspec.json.decode(data), version, upcasts), ())
 
     return finish
 
 
-def _from_builtins(cls: type, data: dict[str, Any]) -> Any:
+def _from_builtins(cls: type, data: dict[str, Any], kept: tuple[type, ...]) -> Any:
+    """kept: types that the data has as they are, where JSON would have text."""
     if is_pydantic(cls):
         return cls.model_validate(data)  # type: ignore[attr-defined]
-    return msgspec.convert(data, cls, builtin_types=(bytes, datetime))
+    return msgspec.convert(data, cls, builtin_types=kept)
 
 
 def _tagged_envelope(cls: type) -> Any:

@@ -42,6 +42,9 @@ class WriterSchema(msgspec.Struct, frozen=True):
 
 
 class DataFormat(Protocol):
+    KEPT: tuple[type, ...]
+    """Types that plain data has as they are."""
+
     def schema_of(self, cls: type) -> str:
         """Raises NoSchema."""
 

@@ -13,6 +13,7 @@ import msgspec
 from headwater.event.data_format import NoSchema, Read, Unencodable, Write, WriterSchema
 from headwater.event.event import is_pydantic
 
+KEPT: tuple[type, ...] = ()
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 

@@ -51,8 +51,13 @@ class Name(NamedTuple):
     """In the data of an event: orderId."""
     field: str
     """In the message: order_id."""
-    inner: "Names | None"
-    is_map: bool
+    number: int
+    inner: "Names | None" = None
+    is_map: bool = False
+    is_optional: bool = False
+    """None is another value than the one that a new message has."""
+    zero: object = None
+    """What a field that the writer's schema doesn't have is, where the class has no default; None: it has."""
 
 
 Names = list[Name]
@@ -161,7 +166,7 @@ def _message(pool: descriptor_pool.DescriptorPool, file: descriptor_pb2.FileDesc
 
 def _to_fields(data: Mapping[str, Any], names: Names) -> dict[str, Any]:
     fields = {}
-    for wire, field, inner, is_map in names:
+    for wire, field, _, inner, is_map, _, _ in names:
         value = data.get(wire)
         if value is None:
             continue
@@ -191,12 +196,20 @@ def _timestamp(value: datetime) -> dict[str, int]:
 
 
 def _from_message(message: Any, names: Names) -> dict[str, Any]:
-    """What the schema that wrote the message doesn't have is left to the class's defaults."""
-    by_name = message.DESCRIPTOR.fields_by_name
-    data = {}
-    for wire, name, inner, is_map in names:
-        field = by_name.get(name)
-        if field is None or (field.has_presence and not message.HasField(name)):
+    """Fields by their numbers. What the schema that wrote the message doesn't have is left to the class's defaults, or is what
+    proto3 says of a field that isn't there: zero."""
+    by_number = message.DESCRIPTOR.fields_by_number
+    data: dict[str, Any] = {}
+    for wire, _, number, inner, is_map, is_optional, zero in names:
+        field = by_number.get(number)
+        if field is None:
+            if zero is not None:
+                data[wire] = zero
+            continue
+        name = field.name
+        if field.has_presence and not message.HasField(name):
+            if is_optional:
+                data[wire] = None
             continue
         value = getattr(message, name)
         kind = field.message_type
@@ -233,7 +246,7 @@ def _names_of(kind: Descriptor, depth: int = 0) -> Names:
         inner = field.message_type
         if inner is not None and _is_map(field):
             inner = inner.fields_by_name["value"].message_type
-        found.append(Name(field.json_name, field.name, None, _is_map(field)))
+        found.append(Name(field.json_name, field.name, field.number, None, _is_map(field)))
     return found
 
 
@@ -272,7 +285,7 @@ class _Derivation:
             number = 1
             message.field.add(name=info.tag_field, number=1, type=F.TYPE_STRING, label=F.LABEL_OPTIONAL,
                               json_name=info.tag_field)  # fmt: skip
-            names.append(Name(info.tag_field, info.tag_field, None, False))
+            names.append(Name(info.tag_field, info.tag_field, 1))
         for field in fields:
             number = self._field(message, field, number + 1, names, f"{place}.{field.name}")
         numbers = [field.number for field in message.field]
@@ -311,7 +324,8 @@ class _Derivation:
             made.oneof_index = len(message.oneof_decl)
             message.oneof_decl.add(name=f"_{field.name}")
         inner = self.names[held.cls.__name__] if isinstance(held, types.StructType | types.DataclassType) else None
-        names.append(Name(field.encode_name, field.name, inner, is_map))
+        zero = None if is_optional or not field.required else _zero(made, is_map)
+        names.append(Name(field.encode_name, field.name, number, inner, is_map, is_optional, zero))
         return number
 
     def _map(
@@ -349,6 +363,17 @@ class _Derivation:
         else:
             kind = type(info).__name__.removesuffix("Type")
             raise NoSchema(f"{place} is a {kind}, which Protobuf has no type for.")
+
+
+def _zero(field: descriptor_pb2.FieldDescriptorProto, is_map: bool) -> object:
+    """None for a message, which has none."""
+    if is_map:
+        return {}
+    if field.label == F.LABEL_REPEATED:
+        return []
+    return {F.TYPE_INT64: 0, F.TYPE_DOUBLE: 0.0, F.TYPE_BOOL: False, F.TYPE_BYTES: b"", F.TYPE_STRING: ""}.get(
+        field.type
+    )
 
 
 def _without_meta(info: types.Type) -> tuple[types.Type, dict[str, Any]]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from urllib.error import HTTPError
 
 SECONDS = 15.0
+MAX_ANSWER = 64 * 1024 * 1024
 MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
 
 
@@ -42,8 +43,10 @@ class RegistryClient:
     def versions(self, subject: str) -> list[int]:
         return list(self.ask("GET", f"/subjects/{_quoted(subject)}/versions"))
 
-    def version(self, subject: str, version: str) -> dict[str, Any]:
-        return dict(self.ask("GET", f"/subjects/{_quoted(subject)}/versions/{_quoted(version)}"))
+    def version(self, subject: str, version: str, *, deleted: bool = False) -> dict[str, Any]:
+        """deleted: also one that was soft-deleted."""
+        wanted = "?deleted=true" if deleted else ""
+        return dict(self.ask("GET", f"/subjects/{_quoted(subject)}/versions/{_quoted(version)}{wanted}"))
 
     def level(self, subject: str) -> str:
         return str(self.ask("GET", f"/config/{_quoted(subject)}?defaultToGlobal=true")["compatibilityLevel"])
@@ -66,16 +69,17 @@ class RegistryClient:
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """Raises RegistryUnreachable, Refused."""
+        from http.client import HTTPException
         from urllib.error import HTTPError  # a third of what an application's start may cost: for those that need it
         from urllib.request import Request, urlopen
 
         data = msgspec.json.encode(body) if body is not None else None
         try:
             with urlopen(Request(self._url + path, data, self._headers, method=method), timeout=SECONDS) as answer:
-                return msgspec.json.decode(answer.read())
+                return msgspec.json.decode(answer.read(MAX_ANSWER))
         except HTTPError as error:
             raise _refused(error) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise RegistryUnreachable(
                 f"no schema registry answers at {self._url}: {reason}. Start one with `headwater registry`, or name another "

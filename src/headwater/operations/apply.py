@@ -39,6 +39,8 @@ class DeclaredTopic(msgspec.Struct, frozen=True):
     configs: Mapping[str, str] = {}
     source: str = ""
     """Who declares it."""
+    follows: bool = False
+    """It is made like this, and its configs are left alone afterwards: a retry topic goes by its source as that is."""
 
 
 class Declaration(msgspec.Struct, frozen=True):
@@ -82,7 +84,7 @@ def declared_by(app: App, source: str) -> Declaration:
     """An application's topics, its handlers' retry and dead-letter topics among them."""
     return Declaration(
         tuple(
-            DeclaredTopic(name, partitions, replication, configs, source)
+            DeclaredTopic(name, partitions, replication, configs, source, follows=bool(EXEMPT.match(name)))
             for name, (partitions, replication, configs) in topics_of(app).items()
         )
     )
@@ -207,6 +209,8 @@ def _steps(topic: DeclaredTopic, found: FoundTopic | None) -> Iterator[Step]:
     if topic.partitions is not None and found.partitions < topic.partitions:
         detail = f"{found.partitions} to {topic.partitions} partitions: keys go to other partitions from then on"
         yield Step(Action.GROW, topic.name, detail, topic.partitions)
+    if topic.follows:
+        return
     changes = {name: value for name, value in topic.configs.items() if found.configs.get(name) != value}
     if changes:
         words = [f"{name} {found.configs.get(name, 'unset')} to {value}" for name, value in changes.items()]

@@ -69,6 +69,10 @@ class CannotStart(Exception):
     """The application can't start; the message says what to do."""
 
 
+class JobCutOff(Exception):
+    """A bounded job was stopped before its end; the next one goes on there."""
+
+
 class App:
     def __init__(
         self,
@@ -96,6 +100,8 @@ class App:
         self._profile = profile
         self._router = Router(name)
         self._router.add(topics)
+        self._published = {topic.name for topic in topics}
+        """Topics that it says it publishes to; those of its handlers may be somebody else's."""
         self._web: tuple[AsgiApp, str, int] | None = None
         self._producer: KafkaProducer | None = None
         self._loop_producer: LoopProducer | None = None
@@ -217,10 +223,10 @@ class App:
         database = self.database  # whose outbox the relay reads
         if session is None:
             session = database.async_sessions()
-        return UnitOfWork(session, self._router.outbox_row, self.outbox, self._committed)
+        return UnitOfWork(session, self._router.outbox_row, self.outbox, self.name, self._committed)
 
     def sync_unit_of_work(self) -> UnitOfWork:
-        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self.outbox, self._committed)
+        return UnitOfWork(self.database.sessions(), self._router.outbox_row, self.outbox, self.name, self._committed)
 
     async def release(self, uow: UnitOfWork) -> None:
         await uow.async_session.close()
@@ -255,7 +261,7 @@ class App:
         self._check_handlers()
         await loop.run_in_executor(None, self._create_topics)
         await loop.run_in_executor(None, self._check_transactions)
-        self._router.framed = await loop.run_in_executor(None, self._schemas.prepare, self.topics)
+        await loop.run_in_executor(None, self.prepare_schemas)
         if self._database is not None:
             await loop.run_in_executor(None, tables.create_tables, self.database.engine)
             await loop.run_in_executor(None, self.outbox.prepare, self.database.engine)
@@ -266,7 +272,7 @@ class App:
         if self._database is not None:
             self._relay = Relay(self.database, self.settings, self.outbox)
             self._relay.start()
-            self._timers = Timers(self.database, self.outbox, self._relay.wake)
+            self._timers = Timers(self.database, self.name, self.outbox, self._relay.wake)
             self._timers.start()
         for function in self._before:
             await function()
@@ -285,6 +291,10 @@ class App:
         if self._database is not None:
             await self.database.close()
         await loop.run_in_executor(None, self._alerts.close)
+
+    def prepare_schemas(self) -> None:
+        """So that events of topics with schemas can be published. Blocks. Raises UnusableSchema, RegistryUnreachable."""
+        self._router.framed = self._schemas.prepare(self.topics, self._published)
 
     def _check_handlers(self) -> None:
         """What can be known to go wrong. Raises InvalidHandler."""
@@ -413,7 +423,9 @@ class App:
                 stopping.cancel()
                 if caught_up is not None:
                     caught_up.cancel()
-            if caught_up is not None and caught_up.done() and not caught_up.cancelled():
+            if caught_up is not None and not failure.done():
+                if not caught_up.done() or caught_up.cancelled():
+                    raise JobCutOff(f"{self.name} was stopped before it had handled all that was there.")
                 caught_up.result()
             if web is not None:
                 await web

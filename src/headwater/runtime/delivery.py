@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
 
-from headwater.event.codec import Headers, NoEnvelope, SchemaMissing, Undecodable, Unknown, tombstone_of
+from headwater.event.codec import Headers, NoEnvelope, NoSchemaId, SchemaMissing, Undecodable, Unknown, tombstone_of
 from headwater.event.data_format import WriterSchema
 from headwater.event.envelope import Cause, Envelope, set_cause
 from headwater.event.event import Tombstone
@@ -85,7 +85,13 @@ class Calls:
         if value is None:
             return self._decode_tombstone(event)
         if self._framed_decoder is not None:
-            return self._framed_decoder.decode(value, *self._around(event))
+            try:
+                return self._framed_decoder.decode(value, *self._around(event))
+            except NoSchemaId as error:
+                try:
+                    return self._decoder.decode(value)
+                except NoEnvelope:
+                    raise error from None
         try:
             return self._decoder.decode(value)
         except NoEnvelope:

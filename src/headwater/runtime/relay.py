@@ -173,9 +173,12 @@ class ShardRelay:
         url = self._database.engine.url
         engine = create_engine(url, poolclass=NullPool, connect_args={"application_name": self._relay.name})
         with engine.connect() as connection:
-            if self._lead(connection):
-                self._relay.leads.add(self._shard)
-                self._work(connection)
+            while not self._stopped.is_set():
+                if self._lead(connection):
+                    self._relay.leads.add(self._shard)
+                    self._work(connection)
+                    return
+                self._stopped.wait(TROUBLE_SECONDS)  # present all the while, so that others leave it its share
 
     # Leading
 
@@ -195,10 +198,13 @@ class ShardRelay:
     def _lead(self, connection: Connection) -> bool:
         """Whether this relay is the one of its shard."""
         presence = {"space": self._space(connection), "number": PRESENCE + self._outbox.shards}
+        connection.execute(text("SELECT pg_advisory_unlock_shared(:space, :number)"), presence)  # of the turn before
         connection.execute(text("SELECT pg_advisory_lock_shared(:space, :number)"), presence)
         others, processes = self._present(connection)
         if others:
             logger.warning("relay_waits reason=another process has %s shards, this one %d", others, self._outbox.shards)
+            connection.execute(text("SELECT pg_advisory_unlock_shared(:space, :number)"), presence)
+            connection.commit()
             return False
         if len(self._relay.leads) >= self._share(processes):
             return False
@@ -254,9 +260,9 @@ class ShardRelay:
         rows_from.open()
         try:
             while not self._stopped.is_set() and not self._leads_too_many(connection):
+                self._look(connection)
                 rows = rows_from.next(BATCH, POLL_SECONDS)
                 if not rows:
-                    self._look(connection)
                     continue
                 sent, trouble = self._send(rows, rows_from)
                 if sent:

@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable
 
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.event.codec import restamped
@@ -17,12 +18,14 @@ logger = logging.getLogger(__name__)
 BATCH = 500
 LONGEST_WAIT_SECONDS = 1.0  # another process may have set one that is due sooner
 TROUBLE_SECONDS = 1.0
+PUT_OFF_MS = 600_000
 
 
 class Timers:
-    def __init__(self, database: Database, outbox: Outbox, fired: Callable[[], None]) -> None:
+    def __init__(self, database: Database, application: str, outbox: Outbox, fired: Callable[[], None]) -> None:
         """fired: told when there are new rows in the outbox."""
         self._database = database
+        self._application = application
         self._outbox = outbox
         self._fired = fired
         self._wake = threading.Event()
@@ -42,20 +45,46 @@ class Timers:
         self._thread.join()
 
     def _run(self) -> None:
+        limit = BATCH
         while not self._stopped.is_set():
             self._wake.clear()
-            try:
-                with self._database.engine.begin() as connection:
-                    fired = schedule.fire(connection, self._outbox, BATCH, _stamped)
-            except SQLAlchemyError as error:
-                logger.error("timers_wait seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
+            fired = self._fire(limit)
+            if fired is None and limit > 1:
+                limit = 1  # one by one, to find the one that can't be fired
+                continue
+            if fired is None:
+                self._put_off()
                 self._stopped.wait(TROUBLE_SECONDS)
                 continue
             if fired.rows:
                 self._fired()
-            if fired.rows < BATCH:
+            if not fired.rows:
+                limit = BATCH
+            if fired.rows < limit:
                 soon = fired.wait_ms / 1000 if fired.wait_ms is not None else LONGEST_WAIT_SECONDS
                 self._wake.wait(min(soon, LONGEST_WAIT_SECONDS))
+
+    def _fire(self, limit: int) -> schedule.Fired | None:
+        """None when it failed."""
+        try:
+            with self._database.engine.begin() as connection:
+                return schedule.fire(connection, self._application, self._outbox, limit, _stamped)
+        except Exception as error:  # a thread that ends would end all timers
+            logger.error("timers_wait seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
+            return None
+
+    def _put_off(self) -> None:
+        """A timer that can't be fired holds up no other: it is tried again later."""
+        try:
+            with self._database.engine.connect() as connection:
+                connection.execute(text("SELECT 1"))  # a database that is away says nothing about a timer
+                connection.rollback()
+                name = schedule.put_off_first(connection, self._application, PUT_OFF_MS)
+                connection.commit()
+        except SQLAlchemyError:
+            return
+        if name is not None:
+            logger.error("timer_put_off name=%s seconds=%.0f", name, PUT_OFF_MS / 1000)
 
 
 def _stamped(row: OutboxRow) -> OutboxRow:

@@ -58,8 +58,15 @@ CLEAN_ROWS = 10_000
 POSITION, XACT_ID = "headwater_position", "headwater_xact_id"
 
 
+NEEDED_HEADERS = ("headwater-event-version", "headwater-timestamp", "headwater-source", "headwater-correlation-id")
+
+
 class InvalidOutbox(ValueError):
     """A table that can't be the outbox; the message says what it lacks, and the statements that give it."""
+
+
+class NotMigrated(InvalidOutbox):
+    """It lacks the columns that order needs; `Outbox.migration` has the statements."""
 
 
 class StreamLost(Exception):
@@ -135,6 +142,10 @@ class Outbox:
             raise InvalidOutbox(f"source={source!r}: {' or '.join(Source)}.")
         self.name = table
         self.is_own = table == tables.outbox.name
+        if self.is_own and (id, topic, route, key, event_type, payload, headers, created_at, published_at, id_header) != (
+            "event_id", "topic", "{}", "key", "event_type", "payload", None, "created_at", None, "headwater-event-id"
+        ):  # fmt: skip
+            raise InvalidOutbox(f"columns are those of a table of your own: name it, {table} has its own.")
         self.source = Source(source)
         if self.source is Source.REPLICATION and shards > 1:
             raise InvalidOutbox("replication is one stream, in the order of the commits: shards are for polling.")
@@ -199,7 +210,7 @@ class Outbox:
         if kind == "postgresql":
             statements = self.migration()
             if statements:
-                raise InvalidOutbox(
+                raise NotMigrated(
                     f"the table {self.name} can't be read in order yet. Run, once, in the application's database:\n"
                     + "\n".join(f"  {statement};" for statement in statements)
                 )
@@ -256,6 +267,12 @@ class Outbox:
         names = self._names
         found: dict[str, object] = {}
         given = dict(row.headers)
+        lost = [name for name in NEEDED_HEADERS if name in given and name not in self._headers.values()]
+        if lost and row.payload is not None and "headwater-timestamp" in given:  # no envelope in the value has them
+            raise InvalidOutbox(
+                f"{row.topic} has a schema, so its envelope is in the headers: give {self.name} columns for {', '.join(lost)}, "
+                "headers={column: header}."
+            )
         for column, header in self._headers.items():
             found[column] = given.get(header)
         found[names["id"]] = row.event_id

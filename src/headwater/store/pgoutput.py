@@ -6,10 +6,13 @@ Source: PostgreSQL's documentation, "Logical Replication Message Formats". What 
 import struct
 from typing import NamedTuple
 
+BOOL = 16
 BYTEA = 17
 
 
 class Begin(NamedTuple):
+    commit_lsn: int
+    """Where the transaction's commit is in the log."""
     xid: int
     """The low 32 bits of the transaction's id."""
 
@@ -43,7 +46,8 @@ def decode(message: bytes) -> Change | None:
     try:
         kind = message[:1]
         if kind == b"B":
-            return Begin(struct.unpack_from(">QqI", message, 1)[2])
+            commit_lsn, _, xid = struct.unpack_from(">QqI", message, 1)
+            return Begin(commit_lsn, xid)
         if kind == b"C":
             return Commit(struct.unpack_from(">BQQ", message, 1)[2])
         if kind == b"R":
@@ -92,7 +96,9 @@ def _insert(message: bytes) -> Insert:
 
 
 def value_of(text: bytes | None, oid: int) -> object:
-    """bytea as bytes, everything else as its text."""
+    """bytea (as bytea_output=hex has it) as bytes, everything else as text, as a cast to text has it."""
     if text is None:
         return None
+    if oid == BOOL:
+        return "true" if text == b"t" else "false"
     return bytes.fromhex(text[2:].decode()) if oid == BYTEA else text.decode()

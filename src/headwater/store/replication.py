@@ -12,8 +12,9 @@ is used through it.
 """
 
 import contextlib
+import hashlib
 import re
-import select
+import selectors
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,9 @@ from headwater.store.pgoutput import Begin, Commit, Insert, Malformed, Relation,
 KEEP_ALIVE_SECONDS = 5.0  # PostgreSQL gives a reader up that says nothing for wal_sender_timeout, 60 s
 RECOVERED_ROWS = 1000
 POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01
-MAX_NAME = 63
+OPTIONS = "-c bytea_output=hex -c client_encoding=utf8"
+LOOK_SECONDS = 0.05
+NO_COLUMN = (-1, 0)
 WHOLE = "all that was in the table before the slot is published"
 
 
@@ -54,8 +57,10 @@ def parse_snapshot(words: str) -> Snapshot:
     return Snapshot(int(xmax), frozenset(int(xip) for xip in xips.split(",") if xip))
 
 
-def slot_name(outbox: Outbox) -> str:
-    return f"headwater_{re.sub('[^a-z0-9_]', '_', outbox.name.lower())}"[:MAX_NAME]
+def slot_name(outbox: Outbox, database: str) -> str:
+    """Of the slot, which is the server's, and of the publication: no other database's, and no other table's."""
+    told_apart = hashlib.sha256(f"{database}\0{outbox.name}".encode()).hexdigest()[:16]
+    return f"headwater_{re.sub('[^a-z0-9_]', '_', outbox.name.lower())[:30]}_{told_apart}"
 
 
 def check_server(engine: Engine) -> None:
@@ -82,17 +87,24 @@ class Replication:
         self._outbox = outbox
         self._url = url
         self._connection = connection
-        self._slot = slot_name(outbox)
+        self._slot = slot_name(outbox, url.database or "")
         self._stream: Any = None
         self._recovery: Iterator[list[OutboxRow]] | None = None
-        self._snapshot = Snapshot(0, frozenset())
+        self._snapshot: Snapshot | None = None
+        """Of a recovery, until the stream has come as far as it."""
         self._columns: dict[int, list[tuple[int, int]]] = {}
         """By relation: where each column of the outbox is, and its type."""
         self._skips = False
         """The transaction that is being read was in the snapshot."""
+        self._may_be_published = False
+        """... was committed before the beginning, and its rows may have been published since."""
+        self._unsettled = 0
+        """Rows that were given out."""
         self._known_lsn = 0
         """The log's end at the beginning: what is before it may have been published."""
         self._is_inside = False
+        self._old: set[int] = set()
+        """Positions of rows that may have been published, among those that are being read."""
         self._read_lsn = 0
         """Behind the last transaction that was read whole."""
         self._confirmed_lsn = 0
@@ -101,13 +113,15 @@ class Replication:
     def open(self) -> None:
         """Raises SQLAlchemyError."""
         if self._prepare():
-            self._recovery = self._recover()
-        query = text("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn")
+            self._recovery = self._recover(self._take_snapshot())
+        query = text("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
         self._known_lsn = int(self._connection.execute(query).scalar_one())
         self._connection.rollback()
 
     def close(self) -> None:
         if self._stream is not None:
+            with contextlib.suppress(Exception):
+                self._say()
             with contextlib.suppress(Exception):
                 self._stream.close()
             self._stream = None
@@ -115,15 +129,24 @@ class Replication:
     def _prepare(self) -> bool:
         """A publication, and a slot that can be read; whether it is new."""
         connection = self._connection
-        published = text("SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = :name")
-        publication = connection.execute(published, {"name": self._slot}).first()
+        published = text(
+            "SELECT obj_description(p.oid, 'pg_publication'), EXISTS (SELECT 1 FROM pg_publication_rel r "
+            "WHERE r.prpubid = p.oid AND r.prrelid = CAST(:table AS regclass)) FROM pg_publication p WHERE pubname = :name"
+        )
+        publication = connection.execute(published, {"name": self._slot, "table": self._outbox.name}).first()
+        if publication is not None and not publication[1]:  # the table of this name is another one now
+            connection.execute(text(f"DROP PUBLICATION {self._slot}"))
+            publication = None
         if publication is None:
             connection.execute(
                 text(f"CREATE PUBLICATION {self._slot} FOR TABLE {self._outbox.name} WITH (publish = 'insert')")
             )
         connection.commit()
         found = connection.execute(
-            text("SELECT wal_status FROM pg_replication_slots WHERE slot_name = :name"), {"name": self._slot}
+            text(
+                "SELECT wal_status FROM pg_replication_slots WHERE slot_name = :name AND database = current_database()"
+            ),
+            {"name": self._slot},
         ).first()
         connection.commit()
         if found is not None and found[0] != "lost" and publication is not None and publication[0] == WHOLE:
@@ -140,12 +163,25 @@ class Replication:
         self._connection.execute(text(f"COMMENT ON PUBLICATION {self._slot} IS '{state}'"))
         self._connection.commit()
 
-    def _recover(self) -> Iterator[list[OutboxRow]]:
-        """What the table has; the snapshot is taken behind the slot, so that nothing is between them."""
+    def _take_snapshot(self) -> str:
+        """Behind the slot, and when all are over that were under way when it was made: with synchronous replication, one may
+        be committed before the slot begins and not be seen yet."""
+        under_way = parse_snapshot(self._current_snapshot()).in_progress
+        while True:
+            words = self._current_snapshot()
+            if not under_way & parse_snapshot(words).in_progress:
+                self._snapshot = parse_snapshot(words)
+                return words
+            time.sleep(LOOK_SECONDS)
+
+    def _current_snapshot(self) -> str:
+        words = self._connection.execute(text("SELECT pg_current_snapshot()::text")).scalar_one()
+        self._connection.rollback()
+        return str(words)
+
+    def _recover(self, words: str) -> Iterator[list[OutboxRow]]:
+        """What the table has in the snapshot."""
         connection = self._connection
-        words = connection.execute(text("SELECT pg_current_snapshot()::text")).scalar_one()
-        connection.rollback()
-        self._snapshot = parse_snapshot(words)
         visible = text(f"pg_visible_in_snapshot({self._outbox.xact_id}, CAST(:snapshot AS pg_snapshot))")
         after = -1
         while True:
@@ -163,7 +199,7 @@ class Replication:
             **self._url.query,
         }
         try:
-            self._stream = psycopg.connect(**parts, replication="database", autocommit=True)
+            self._stream = psycopg.connect(**parts, replication="database", autocommit=True, options=OPTIONS)
         except psycopg.Error as error:
             raise StreamLost(str(error)) from None
         options = f"proto_version '1', publication_names '{self._slot}'"
@@ -185,6 +221,7 @@ class Replication:
         if self._recovery is not None:
             rows = next(self._recovery, None)
             if rows is not None:
+                self._unsettled += len(rows)
                 return rows
             self._recovery = None
             self._note(WHOLE)
@@ -204,50 +241,70 @@ class Replication:
             if size > 0:
                 self._take(bytes(data), found)
             elif size == 0:
-                left = deadline - time.monotonic()
-                if found or left <= 0:
+                left = 0.0 if found else deadline - time.monotonic()
+                if not self._has_input(max(0.0, left)):
                     break
-                select.select([pgconn.socket], [], [], left)
                 pgconn.consume_input()
             else:
                 raise StreamLost(f"the server has ended the stream of {self._slot}")
+        found = self._without_published(found)
+        self._unsettled += len(found)
+        if not self._unsettled:
+            self._confirmed_lsn = self._read_lsn
         self.keep_alive()
-        if found and self._read_lsn < self._known_lsn:
-            waiting = self._outbox.unpublished(self._connection, found)
-            self._connection.rollback()
-            found = [row for row in found if row.position in waiting]
-            if not found:
-                self._confirmed_lsn = self._read_lsn
         return found
+
+    def _has_input(self, seconds: float) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._stream.pgconn.socket, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
+
+    def _without_published(self, found: list[OutboxRow]) -> list[OutboxRow]:
+        """Of what was committed before the beginning, that which the table still has to publish."""
+        old = [row for row in found if row.position in self._old]
+        self._old.clear()
+        if not old:
+            return found
+        gone = {row.position for row in old} - self._outbox.unpublished(self._connection, old)
+        self._connection.rollback()
+        return [row for row in found if row.position not in gone]
 
     def _take(self, data: bytes, found: list[OutboxRow]) -> None:
         if data[:1] == b"k":
             end, _, wants_answer = struct.unpack_from(">QqB", data, 1)
-            if not self._is_inside and not found and self._confirmed_lsn == self._read_lsn:
+            if not self._is_inside and not found and not self._unsettled:
                 self._read_lsn = self._confirmed_lsn = max(self._confirmed_lsn, end)  # nothing of ours is before it
             if wants_answer:
                 self._last_word = 0.0
             return
         change = decode(data[25:])
         if isinstance(change, Begin):
-            self._is_inside, self._skips = True, self._snapshot.has(change.xid)
+            self._is_inside = True
+            self._may_be_published = change.commit_lsn < self._known_lsn
+            if not self._may_be_published:
+                self._snapshot = None  # whatever it has was committed before
+            self._skips = self._snapshot is not None and self._snapshot.has(change.xid)
         elif isinstance(change, Commit):
             self._is_inside, self._read_lsn = False, change.end_lsn
-            if self._skips and not found and self._confirmed_lsn < change.end_lsn:
-                self._confirmed_lsn = change.end_lsn
         elif isinstance(change, Relation):
             places = {name: (i, oid) for i, (name, oid) in enumerate(change.columns)}
-            self._columns[change.id] = [places[name] for name in self._outbox.columns]
+            # a column that is younger than the row is not there: NULL, as the table has it
+            self._columns[change.id] = [places.get(name, NO_COLUMN) for name in self._outbox.columns]
         elif isinstance(change, Insert) and not self._skips:
-            values = [value_of(change.values[i], oid) for i, oid in self._columns[change.relation]]
-            values[-1] = int(str(values[-1]))
+            given = [*change.values, None]
+            values = [value_of(given[i], oid) for i, oid in self._columns[change.relation]]
+            position = int(str(values[-1]))
+            values[-1] = position
+            if self._may_be_published:
+                self._old.add(position)
             found += self._outbox.rows_of([values])
 
     def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
         """They were published; `is_all`: and with them all that was given out."""
         self._outbox.settle(self._connection, rows)
         self._connection.commit()
-        if is_all and self._stream is not None:
+        self._unsettled -= len(rows)
+        if is_all and self._stream is not None and not self._unsettled:
             self._confirmed_lsn = self._read_lsn
 
     def keep_alive(self) -> None:

@@ -57,6 +57,7 @@ inbox = Table(
 timers = Table(
     "headwater_timers",
     metadata,
+    Column("application", String(200), primary_key=True),
     Column("name", String(400), primary_key=True),
     Column("due_ms", BigInteger, nullable=False, index=True),
     Column("event_id", String(64), nullable=False),

@@ -39,12 +39,18 @@ class UnitOfWork:
     """For async and sync sessions: enter it the way the session is."""
 
     def __init__(
-        self, session: "AsyncSession | Session", to_row: ToRow, outbox: Outbox, committed: Callable[[], None]
+        self,
+        session: "AsyncSession | Session",
+        to_row: ToRow,
+        outbox: Outbox,
+        application: str,
+        committed: Callable[[], None],
     ) -> None:
         """`committed` is called when rows were committed: the relay may go at once."""
         self.session = session
         self._to_row = to_row
         self._outbox = outbox
+        self._application = application
         self._committed = committed
         self._rows: list[OutboxRow] = []
         self._timers: dict[str, Timer | None] = {}
@@ -87,6 +93,7 @@ class UnitOfWork:
                 "a timer has a duration or a time: schedule(event, after='30m') or schedule(event, at=...)."
             )
         row = self._to_row(event)
+        self._outbox.values([row])  # what can't become a row of the outbox is refused here, not when it is due
         name = name if name is not None else row.event_id
         if len(name) > MAX_TIMER_NAME:
             raise WrongTimer(f"the timer's name has {len(name)} characters: {MAX_TIMER_NAME} at most.")
@@ -110,7 +117,14 @@ class UnitOfWork:
         if self._rows:
             yield self._outbox.insert_rows(), self._outbox.values(self._rows)
         for name, timer in self._timers.items():
-            yield (set_timer(dialect, timer) if timer is not None else cancel_timer(name)), None
+            yield (
+                (
+                    set_timer(dialect, self._application, timer)
+                    if timer is not None
+                    else cancel_timer(self._application, name)
+                ),
+                None,
+            )
 
     async def __aenter__(self) -> Self:
         _ = self.async_session

@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, Union
 
 import msgspec
-from sqlalchemy import delete, select, text
+from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -34,6 +34,8 @@ from headwater.store.tables import patterns
 from headwater.store.unit_of_work import UnitOfWork
 
 DEFAULT_RETRY = Retry()
+KEPT = timedelta(days=7)
+"""Beyond twice the time of a pattern: how far partitions may be apart."""
 CLEAN_SECONDS = 60.0  # between looks for keys that nothing more can come of
 # Two topics may have an event of the key at once.
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
@@ -174,6 +176,11 @@ class Pattern:
         session.execute(statement.on_conflict_do_update(index_elements=["pattern", "key"], set_=values))
         if time.monotonic() >= self._next_clean:
             self._next_clean = time.monotonic() + CLEAN_SECONDS
-            old = (datetime.now(UTC) - 2 * self._within).timestamp() * 1000
-            session.execute(delete(patterns).where(columns.pattern == self.name, columns.newest_ms < round(old)))
+            # by the pattern's own time: after an outage, what waits is as old as what is known
+            latest = select(func.max(columns.newest_ms)).where(columns.pattern == self.name)
+            newest_ms = session.execute(latest).scalar_one() or 0
+            kept_ms = round((2 * self._within + KEPT).total_seconds() * 1000)
+            session.execute(
+                delete(patterns).where(columns.pattern == self.name, columns.newest_ms < newest_ms - kept_ms)
+            )
         return outcome
