@@ -372,13 +372,13 @@ class Outbox:
 
     # Settling
 
-    def settle(self, connection: Connection, rows: Sequence[OutboxRow]) -> None:
-        """They were published."""
+    def settle(self, connection: Connection, rows: Sequence[OutboxRow]) -> int:
+        """They were published; how many were found."""
         these = self._position.in_([row.position for row in rows])
         if self.published_at is None:
-            connection.execute(delete(self._table).where(these))
-        else:
-            connection.execute(update(self._table).where(these).values({self.published_at: func.now()}))
+            return int(connection.execute(delete(self._table).where(these)).rowcount)
+        marked = update(self._table).where(these).values({self.published_at: func.now()})
+        return int(connection.execute(marked).rowcount)
 
     def clean(self, connection: Connection) -> int:
         """Delete some of the rows that were kept for long enough; how many there were."""

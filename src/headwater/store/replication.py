@@ -31,6 +31,8 @@ RECOVERED_ROWS = 1000
 POSTGRES_EPOCH_SECONDS = 946_684_800  # 2000-01-01
 OPTIONS = "-c bytea_output=hex -c client_encoding=utf8"
 LOOK_SECONDS = 0.05
+SETTLE_TRIES = 5
+SNAPSHOT_SECONDS = 10.0
 NO_COLUMN = (-1, 0)
 WHOLE = "all that was in the table before the slot is published"
 
@@ -103,15 +105,16 @@ class Replication:
         self._known_lsn = 0
         """The log's end at the beginning: what is before it may have been published."""
         self._is_inside = False
-        self._old: set[int] = set()
-        """Positions of rows that may have been published, among those that are being read."""
+        self._old: dict[int, int] = {}
+        """Positions of rows that may have been published, among those that are being read, with their transactions."""
+        self._xid = 0
         self._read_lsn = 0
         """Behind the last transaction that was read whole."""
         self._confirmed_lsn = 0
         self._last_word = 0.0
 
     def open(self) -> None:
-        """Raises SQLAlchemyError."""
+        """Raises SQLAlchemyError, StreamLost."""
         if self._prepare():
             self._recovery = self._recover(self._take_snapshot())
         query = text("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
@@ -167,12 +170,14 @@ class Replication:
         """Behind the slot, and when all are over that were under way when it was made: with synchronous replication, one may
         be committed before the slot begins and not be seen yet."""
         under_way = parse_snapshot(self._current_snapshot()).in_progress
-        while True:
+        deadline = time.monotonic() + SNAPSHOT_SECONDS
+        while time.monotonic() < deadline:
             words = self._current_snapshot()
             if not under_way & parse_snapshot(words).in_progress:
                 self._snapshot = parse_snapshot(words)
                 return words
             time.sleep(LOOK_SECONDS)
+        raise StreamLost(f"transactions have been open for {SNAPSHOT_SECONDS:.0f} s since the slot was made")
 
     def _current_snapshot(self) -> str:
         words = self._connection.execute(text("SELECT pg_current_snapshot()::text")).scalar_one()
@@ -262,11 +267,14 @@ class Replication:
     def _without_published(self, found: list[OutboxRow]) -> list[OutboxRow]:
         """Of what was committed before the beginning, that which the table still has to publish."""
         old = [row for row in found if row.position in self._old]
-        self._old.clear()
         if not old:
             return found
-        gone = {row.position for row in old} - self._outbox.unpublished(self._connection, old)
+        # with synchronous replication, a transaction is in the log before anybody sees it: what isn't seen yet isn't gone
+        seen = parse_snapshot(self._current_snapshot())
+        waiting = self._outbox.unpublished(self._connection, old)
         self._connection.rollback()
+        gone = {row.position for row in old if seen.has(self._old[row.position])} - waiting
+        self._old.clear()
         return [row for row in found if row.position not in gone]
 
     def _take(self, data: bytes, found: list[OutboxRow]) -> None:
@@ -279,7 +287,7 @@ class Replication:
             return
         change = decode(data[25:])
         if isinstance(change, Begin):
-            self._is_inside = True
+            self._is_inside, self._xid = True, change.xid
             self._may_be_published = change.commit_lsn < self._known_lsn
             if not self._may_be_published:
                 self._snapshot = None  # whatever it has was committed before
@@ -296,13 +304,17 @@ class Replication:
             position = int(str(values[-1]))
             values[-1] = position
             if self._may_be_published:
-                self._old.add(position)
+                self._old[position] = self._xid
             found += self._outbox.rows_of([values])
 
     def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
         """They were published; `is_all`: and with them all that was given out."""
-        self._outbox.settle(self._connection, rows)
-        self._connection.commit()
+        for _ in range(SETTLE_TRIES):
+            settled = self._outbox.settle(self._connection, rows)
+            self._connection.commit()
+            if settled == len(rows):
+                break
+            time.sleep(LOOK_SECONDS)  # a row that isn't seen yet can't be deleted; one that is gone is no matter
         self._unsettled -= len(rows)
         if is_all and self._stream is not None and not self._unsettled:
             self._confirmed_lsn = self._read_lsn
