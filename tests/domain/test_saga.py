@@ -491,7 +491,7 @@ def test_a_stuck_saga_is_seen_and_resumed(
 
 def test_a_saga_that_can_not_work_is_refused(unique: str) -> None:
     """With what to change."""
-    orders, _, _ = topics_for(unique)
+    orders, _, answers = topics_for(unique)
     with pytest.raises(InvalidSaga, match="no steps"):
         Saga("x", state=Fulfilment, key="order_id", starts=OrderPlaced, begin=lambda e: STATE, steps=[])
     with pytest.raises(InvalidSaga, match=r"goes by 'cents', which Reserved doesn't have"):
@@ -505,6 +505,15 @@ def test_a_saga_that_can_not_work_is_refused(unique: str) -> None:
             begin=lambda e: STATE,
             steps=[*steps(), steps()[1]],
         )
+    twice = [steps()[0], Step("reserve", lambda s: Ship(s.order_id), Shipped)]
+    with pytest.raises(InvalidSaga, match="two steps of one name"):
+        Saga("x", state=Fulfilment, key="order_id", starts=OrderPlaced, begin=lambda e: STATE, steps=twice)
+    app = App(unique)
+    words = [
+        Topic(f"{unique}.{i}.answers", key="order_id", events=each.events) for i, each in enumerate((orders, answers))
+    ]
+    make_saga("w").join(app, words)  # two topics that end in one word
+    assert len({handler.group for handler in app.handlers}) == 3
     with pytest.raises(InvalidSaga, match="topics that list Reserved"):
         make_saga("x").join(App(unique), [orders])
 

@@ -7,7 +7,11 @@ import textwrap
 import threading
 from pathlib import Path
 
+from confluent_kafka import Producer
+
 from headwater.cli.groups import partition_rows
+from headwater.event.codec import encode
+from headwater.event.envelope import Cause
 from headwater.kafka.admin import KafkaAdmin
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
@@ -68,6 +72,23 @@ def test_a_job_handles_what_is_there_and_ends(engine: Engine, unique: str, tmp_p
     assert second.returncode == 0, second.stderr
     assert handled(tmp_path) == [i for i in range(230) if i != 13]
     assert job(engine, unique, tmp_path).returncode == 0, "nothing is there to do"
+
+
+def test_a_job_ends_where_a_transaction_does(kafka: Engine, unique: str, tmp_path: Path) -> None:
+    """S001.12: the marker behind the last record, and records that were aborted, are nothing to be handled."""
+    KafkaAdmin(settings_for(kafka)).create_topic(unique, 3)
+    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers, "transactional.id": unique})
+    producer.init_transactions()
+    for commits in (True, False):
+        producer.begin_transaction()
+        for number in range(100, 130):
+            encoded = encode(Placed(f"o{number}", number), "p", Cause("c", None))
+            producer.produce(unique, encoded.value, f"o{number}", headers=encoded.headers)
+        producer.flush()
+        producer.commit_transaction() if commits else producer.abort_transaction()
+    done = job(kafka, unique, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert handled(tmp_path) == list(range(100, 130))
 
 
 def test_a_job_ends_although_more_comes(embedded: Engine, unique: str, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def list_sagas(
         rows = []
         with found.database.sessions() as session:
             for saga in _sagas(found):
-                rows += [_row(saga, each) for each in saga.list(session, status, limit)]
+                rows += [_row(saga, each) for each in saga.rows(session, status, limit)]
         columns = ("saga", "id", "status", "step", "reason")
         if json:
             show_json(rows)

@@ -45,6 +45,7 @@ from headwater.domain.saga_decision import (
 from headwater.event.event import Event, EventMeta
 from headwater.event.topic import Topic, field_names
 from headwater.runtime.app import App
+from headwater.runtime.handler import group_of
 from headwater.runtime.retry import Retry
 from headwater.settings import duration_seconds
 from headwater.store.tables import sagas
@@ -124,6 +125,9 @@ class Saga:
         twice = next((cls for cls in self.events if self.events.count(cls) > 1), None)
         if twice is not None:
             raise InvalidSaga(f"the saga {name} has {twice.__name__} twice: each event says one thing about one step.")
+        names = [step.name for step in steps]
+        if len(set(names)) < len(names):
+            raise InvalidSaga(f"the saga {name} has two steps of one name: {', '.join(names)}.")
         for cls in self.events:
             if key not in field_names(cls):
                 raise InvalidSaga(f"the saga {name} goes by {key!r}, which {cls.__name__} doesn't have.")
@@ -145,17 +149,17 @@ class Saga:
         for topic in topics:
             events = [cls for cls in topic.events if cls in self.events]
             if events:
-                self._handle(app, topic, events, retry)
-        self._handle(app, self.deadlines, [self._deadline], retry)
+                self._handle(app, topic, topics, events, retry)
+        self._handle(app, self.deadlines, topics, [self._deadline], retry)
         app.joined.append(self)
 
-    def _handle(self, app: App, topic: Topic, events: list[type], retry: Retry) -> None:
+    def _handle(self, app: App, topic: Topic, among: Sequence[Topic], events: list[type], retry: Retry) -> None:
         async def handle(event: Any, uow: UnitOfWork) -> None:
             await self.handle(event, uow)
 
         handle.__name__ = f"{self.name}_saga"
         handle.__annotations__ = {"event": Union[tuple(events)], "uow": UnitOfWork}  # noqa: UP007 - made at run time
-        group = f"{self.name}-{topic.name.rpartition('.')[2]}"
+        group = group_of(self.name, topic, among)
         app.handler(topic, group=group, delivery="effectively_once", conflict=[StaleSaga], retry=retry)(handle)
 
     async def handle(self, event: Any, uow: UnitOfWork) -> None:
@@ -211,7 +215,7 @@ class Saga:
         record, state, version = found
         return SagaRow(id, msgspec.json.decode(record, type=Record), self._decode_state(state), version)
 
-    def list(self, session: Session, status: Status | None = None, limit: int = 1000) -> "list[SagaRow]":
+    def rows(self, session: Session, status: Status | None = None, limit: int = 1000) -> list[SagaRow]:
         """The oldest news first."""
         columns = sagas.c
         query = select(columns.id, columns.record, columns.state, columns.version).where(columns.saga == self.name)

@@ -72,7 +72,6 @@ class Record(msgspec.Struct, frozen=True):
 class Wait(NamedTuple):
     """A deadline that is set, for this turn."""
 
-    step: int
     turn: int
     after: str
 
@@ -175,13 +174,13 @@ def _done(saga: Definition, record: Record, state: Any, i: int, event: object) -
 
 def _same_wait(saga: Definition, record: Record) -> Wait | None:
     after = saga.steps[record.step].deadline
-    return Wait(record.step, record.turn, after) if after is not None and record.status is Status.COMPENSATING else None
+    return Wait(record.turn, after) if after is not None and record.status is Status.COMPENSATING else None
 
 
 def _send(saga: Definition, record: Record, state: Any) -> Decision:
     step = saga.steps[record.step]
     record = msgspec.structs.replace(record, turn=record.turn + 1)
-    wait = Wait(record.step, record.turn, step.deadline) if step.deadline is not None else None
+    wait = Wait(record.turn, step.deadline) if step.deadline is not None else None
     return Decision(record, state, [step.command(state)], wait)
 
 
@@ -218,5 +217,5 @@ def _undo(saga: Definition, record: Record, state: Any, i: int, attempts: int) -
     record = msgspec.structs.replace(record, status=status, step=i, turn=record.turn + 1, attempts=attempts)
     wait = None
     if step.compensated is not None and step.deadline is not None:
-        wait = Wait(i, record.turn, step.deadline)
+        wait = Wait(record.turn, step.deadline)
     return Decision(record, state, [step.compensation(state)], wait)

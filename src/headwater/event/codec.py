@@ -37,7 +37,7 @@ class Undecodable(ValueError):
     """The bytes are no event of ours; the message says what is wrong with them."""
 
 
-class NoSchemaId(Undecodable):
+class Unframed(Undecodable):
     """The value is not behind the id of a schema; it may be an envelope, of before the topic had schemas."""
 
 
@@ -230,7 +230,7 @@ class FramedDecoder:
         try:
             id, content = wire_format.unframe(value)
         except wire_format.NotFramed as error:
-            raise NoSchemaId(str(error)) from None
+            raise Unframed(str(error)) from None
         if id not in self._schemas:
             raise SchemaMissing(id)
         schema = self._schemas[id]

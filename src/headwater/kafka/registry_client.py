@@ -70,7 +70,7 @@ class RegistryClient:
     def ask(self, method: str, path: str, body: object = None) -> Any:
         """Raises RegistryUnreachable, Refused."""
         from http.client import HTTPException
-        from urllib.error import HTTPError  # a third of what an application's start may cost: for those that need it
+        from urllib.error import HTTPError  # slow to import: for those that ask a registry
         from urllib.request import Request, urlopen
 
         data = msgspec.json.encode(body) if body is not None else None

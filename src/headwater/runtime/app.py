@@ -437,8 +437,7 @@ class App:
         if not self.handlers:
             raise CannotStart(f"{self.name} has no handlers: there is nothing that could be done up to now.")
         loop = asyncio.get_running_loop()
-        admin = KafkaAdmin(self.settings)
-        job = Job(admin, [(handler.group, handler.topic.name) for handler in self.handlers])
+        job = Job(self.settings, [(handler.group, handler.topic.name) for handler in self.handlers])
         await loop.run_in_executor(None, job.take_ends)
         while not await loop.run_in_executor(None, job.is_done):
             await asyncio.sleep(JOB_LOOK_SECONDS)

@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
 
-from headwater.event.codec import Headers, NoEnvelope, NoSchemaId, SchemaMissing, Undecodable, Unknown, tombstone_of
+from headwater.event.codec import Headers, NoEnvelope, SchemaMissing, Undecodable, Unframed, Unknown, tombstone_of
 from headwater.event.data_format import WriterSchema
 from headwater.event.envelope import Cause, Envelope, set_cause
 from headwater.event.event import Tombstone
@@ -87,7 +87,7 @@ class Calls:
         if self._framed_decoder is not None:
             try:
                 return self._framed_decoder.decode(value, *self._around(event))
-            except NoSchemaId as error:
+            except Unframed as error:
                 try:
                     return self._decoder.decode(value)
                 except NoEnvelope:

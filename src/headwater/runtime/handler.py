@@ -223,6 +223,14 @@ class Handler:
         return classes
 
 
+def group_of(name: str, topic: Topic, among: Sequence[Topic]) -> str:
+    """Of a saga or a pattern that reads several topics: `<name>-<the topic's last word>`, and with all of the topic's name
+    where two of them end in one word."""
+    words = [each.name.rpartition(".")[2] for each in among]
+    word = topic.name.rpartition(".")[2]
+    return f"{name}-{word if words.count(word) < 2 else topic.name}"
+
+
 def _element(hint: Any) -> Any:
     """Of a list of outcomes, or of such a list or None."""
     for choice in _choices(hint):

@@ -9,7 +9,6 @@ outage.
 """
 
 import logging
-import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 30.0  # for a registry that starts beside us
 PAUSE_SECONDS = 0.2
 UNKNOWN_SECONDS = 2.0  # for an id to come to be known
-MAX_LOCKS = 10_000
 MAX_REFERENCES = 100
 UNKNOWN = (40401, 40402, 40403)
 
@@ -67,8 +65,6 @@ class Schemas:
         self._registers = settings.register_schemas
         self._client = RegistryClient(settings.registry_url)
         self._known: dict[int, WriterSchema] = {}
-        self._lock = threading.Lock()
-        self._locks: dict[int, threading.Lock] = {}
 
     def prepare(self, topics: Iterable[Topic], published: Collection[str]) -> dict[type, Framed]:
         """How each class is written. The schemas of published topics are registered; of others, which the application reads and
@@ -117,25 +113,23 @@ class Schemas:
                 )
 
     def look_up(self, id: int) -> WriterSchema | None:
-        """None when there is no such schema. Blocks; one thread asks for it, others wait. Raises RegistryUnreachable."""
-        lock = self._locks.setdefault(id, threading.Lock()) if len(self._locks) < MAX_LOCKS else self._lock
-        with lock:
-            deadline = time.monotonic() + UNKNOWN_SECONDS
-            while id not in self._known:
-                try:
-                    self._known[id] = self._read(id)
-                except Refused as error:
-                    if error.code not in UNKNOWN:
-                        raise RegistryUnreachable(f"the registry can't say what schema {id} is: {error}") from None
-                    if time.monotonic() > deadline:
-                        logger.warning("schema_unknown id=%d", id)
-                        return None  # not kept: it may come to be known
-                    time.sleep(PAUSE_SECONDS)  # one of several registries may be a moment behind
-                except (KeyError, TypeError, ValueError) as error:
-                    raise RegistryUnreachable(
-                        f"the registry's answer about schema {id} makes no sense: {error!r}"
-                    ) from None
-            return self._known[id]
+        """None when there is no such schema. Blocks; from any thread. Raises RegistryUnreachable."""
+        deadline = time.monotonic() + UNKNOWN_SECONDS
+        while id not in self._known:
+            try:
+                self._known[id] = self._read(id)
+            except Refused as error:
+                if error.code not in UNKNOWN:
+                    raise RegistryUnreachable(f"the registry can't say what schema {id} is: {error}") from None
+                if time.monotonic() > deadline:
+                    logger.warning("schema_unknown id=%d", id)
+                    return None  # not kept: it may come to be known
+                time.sleep(PAUSE_SECONDS)  # one of several registries may be a moment behind
+            except (KeyError, TypeError, ValueError) as error:
+                raise RegistryUnreachable(
+                    f"the registry's answer about schema {id} makes no sense: {error!r}"
+                ) from None
+        return self._known[id]
 
     def _read(self, id: int) -> WriterSchema:
         """Raises Refused, RegistryUnreachable."""

@@ -5,9 +5,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
-
 from headwater.event.codec import restamped
 from headwater.store import schedule
 from headwater.store.database import Database
@@ -18,7 +15,7 @@ logger = logging.getLogger(__name__)
 BATCH = 500
 LONGEST_WAIT_SECONDS = 1.0  # another process may have set one that is due sooner
 TROUBLE_SECONDS = 1.0
-PUT_OFF_MS = 600_000
+STOP_SECONDS = 5.0
 
 
 class Timers:
@@ -42,49 +39,25 @@ class Timers:
     def stop(self) -> None:
         self._stopped.set()
         self._wake.set()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def _run(self) -> None:
-        limit = BATCH
         while not self._stopped.is_set():
             self._wake.clear()
-            fired = self._fire(limit)
-            if fired is None and limit > 1:
-                limit = 1  # one by one, to find the one that can't be fired
-                continue
-            if fired is None:
-                self._put_off()
+            try:
+                with self._database.engine.begin() as connection:
+                    fired = schedule.fire(connection, self._application, self._outbox, BATCH, _stamped)
+            except Exception as error:  # a thread that ends would end all timers
+                logger.error("timers_wait seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
                 self._stopped.wait(TROUBLE_SECONDS)
                 continue
+            for name, trouble in fired.put_off:
+                logger.error("timer_put_off name=%s seconds=%.0f error=%s", name, schedule.PUT_OFF_MS / 1000, trouble)
             if fired.rows:
                 self._fired()
-            if not fired.rows:
-                limit = BATCH
-            if fired.rows < limit:
+            if fired.rows < BATCH:
                 soon = fired.wait_ms / 1000 if fired.wait_ms is not None else LONGEST_WAIT_SECONDS
                 self._wake.wait(min(soon, LONGEST_WAIT_SECONDS))
-
-    def _fire(self, limit: int) -> schedule.Fired | None:
-        """None when it failed."""
-        try:
-            with self._database.engine.begin() as connection:
-                return schedule.fire(connection, self._application, self._outbox, limit, _stamped)
-        except Exception as error:  # a thread that ends would end all timers
-            logger.error("timers_wait seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
-            return None
-
-    def _put_off(self) -> None:
-        """A timer that can't be fired holds up no other: it is tried again later."""
-        try:
-            with self._database.engine.connect() as connection:
-                connection.execute(text("SELECT 1"))  # a database that is away says nothing about a timer
-                connection.rollback()
-                name = schedule.put_off_first(connection, self._application, PUT_OFF_MS)
-                connection.commit()
-        except SQLAlchemyError:
-            return
-        if name is not None:
-            logger.error("timer_put_off name=%s seconds=%.0f", name, PUT_OFF_MS / 1000)
 
 
 def _stamped(row: OutboxRow) -> OutboxRow:

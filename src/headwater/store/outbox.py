@@ -56,9 +56,8 @@ Headers = list[tuple[str, str | bytes | None]]
 MAX_SHARDS = 64
 CLEAN_ROWS = 10_000
 POSITION, XACT_ID = "headwater_position", "headwater_xact_id"
-
-
 NEEDED_HEADERS = ("headwater-event-version", "headwater-timestamp", "headwater-source", "headwater-correlation-id")
+"""Without them, an event whose value is its data alone can't be told what it is."""
 
 
 class InvalidOutbox(ValueError):

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import BigInteger, Connection, delete, func, literal_column, select, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import Delete, Insert
 
+from headwater.store.database import is_unavailable
 from headwater.store.outbox import Outbox, OutboxRow, decode_headers, encode_headers
 from headwater.store.tables import timers
 
+PUT_OFF_MS = 600_000
 NOW_MS = {
     "postgresql": literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)", BigInteger),
     "sqlite": literal_column("CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)", BigInteger),
@@ -36,6 +39,8 @@ class Fired(NamedTuple):
     rows: int
     wait_ms: int | None
     """Until the next one is due; None without one."""
+    put_off: list[tuple[str, Exception]]
+    """Names of timers that can't become rows of the outbox, and why: they are tried again later, and hold up no other."""
 
 
 def set_timer(dialect: str, application: str, timer: Timer) -> Insert:
@@ -66,7 +71,8 @@ def cancel_timer(application: str, name: str) -> Delete:
 def fire(
     connection: Connection, application: str, outbox: Outbox, limit: int, stamped: Callable[[OutboxRow], OutboxRow]
 ) -> Fired:
-    """Those of the application that are due become rows of the outbox, as `stamped` makes them. In the caller's transaction."""
+    """Those of the application that are due become rows of the outbox, as `stamped` makes them. In the caller's transaction.
+    Raises SQLAlchemyError when the database can't be used."""
     columns = timers.c
     dialect = connection.dialect.name
     (now,) = connection.execute(select(NOW_MS[dialect])).one()
@@ -78,35 +84,50 @@ def fire(
     )  # fmt: skip
     if dialect == "postgresql":
         query = query.with_for_update(skip_locked=True)  # another process fires those that it has
-    found = connection.execute(query).all()
-    if found:
-        rows = [
-            stamped(OutboxRow(id, topic, key, kind, payload, list(decode_headers(headers))))
-            for _, id, topic, key, kind, payload, headers in found
-        ]
-        connection.execute(outbox.insert_rows(), outbox.values(rows))
-        fired = columns.name.in_([name for name, *_ in found])
-        connection.execute(delete(timers).where(columns.application == application, fired))
+    rows: dict[str, OutboxRow] = {}
+    put_off: list[tuple[str, Exception]] = []
+    for name, id, topic, key, kind, payload, headers in connection.execute(query).all():
+        try:
+            row = stamped(OutboxRow(id, topic, key, kind, payload, list(decode_headers(headers))))
+            outbox.values([row])
+            rows[name] = row
+        except Exception as error:  # whatever is wrong with one is its own matter
+            put_off.append((name, error))
+    put_off += _insert(connection, outbox, rows)
+    for names, statement in (
+        (list(rows), delete(timers)),
+        ([name for name, _ in put_off], update(timers).values(due_ms=now + PUT_OFF_MS)),
+    ):
+        if names:
+            mine = (columns.application == application, columns.name.in_(names))
+            connection.execute(statement.where(*mine))
     later = select(func.min(columns.due_ms)).where(columns.application == application, columns.due_ms > now)
     next_due = connection.execute(later).scalar_one()
-    return Fired(len(found), int(next_due - now) if next_due is not None else None)
+    return Fired(len(rows), int(next_due - now) if next_due is not None else None, put_off)
 
 
-def put_off_first(connection: Connection, application: str, milliseconds: int) -> str | None:
-    """The timer that is due for longest is due later; its name."""
-    columns = timers.c
-    now = NOW_MS[connection.dialect.name]
-    first = (
-        select(columns.name)
-        .where(columns.application == application, columns.due_ms <= now)
-        .order_by(columns.due_ms, columns.name)
-        .limit(1)
-    )
-    name = connection.execute(first).scalar_one_or_none()
-    if name is not None:
-        mine = (columns.application == application, columns.name == name)
-        connection.execute(update(timers).where(*mine).values(due_ms=now + milliseconds))
-    return name
+def _insert(connection: Connection, outbox: Outbox, rows: dict[str, OutboxRow]) -> list[tuple[str, Exception]]:
+    """All at once; where the database refuses that, one by one. Those that it refuses are taken out of `rows`."""
+    if not rows:
+        return []
+    try:
+        with connection.begin_nested():
+            connection.execute(outbox.insert_rows(), outbox.values(list(rows.values())))
+        return []
+    except DBAPIError as error:
+        if is_unavailable(error):
+            raise
+    refused: list[tuple[str, Exception]] = []
+    for name, row in list(rows.items()):
+        try:
+            with connection.begin_nested():
+                connection.execute(outbox.insert_rows(), outbox.values([row]))
+        except DBAPIError as error:
+            if is_unavailable(error):
+                raise
+            refused.append((name, error))
+            del rows[name]
+    return refused
 
 
 def waiting(connection: Connection, application: str) -> int:

@@ -59,13 +59,14 @@ timers = Table(
     metadata,
     Column("application", String(200), primary_key=True),
     Column("name", String(400), primary_key=True),
-    Column("due_ms", BigInteger, nullable=False, index=True),
+    Column("due_ms", BigInteger, nullable=False),
     Column("event_id", String(64), nullable=False),
     Column("topic", String(249), nullable=False),
     Column("key", LargeBinary, nullable=True),
     Column("event_type", String(249), nullable=False),
     Column("payload", LargeBinary, nullable=True),
     Column("headers", LargeBinary, nullable=False),
+    Index("headwater_timers_due", "application", "due_ms"),
 )
 
 sagas = Table(

@@ -117,14 +117,10 @@ class UnitOfWork:
         if self._rows:
             yield self._outbox.insert_rows(), self._outbox.values(self._rows)
         for name, timer in self._timers.items():
-            yield (
-                (
-                    set_timer(dialect, self._application, timer)
-                    if timer is not None
-                    else cancel_timer(self._application, name)
-                ),
-                None,
-            )
+            if timer is not None:
+                yield set_timer(dialect, self._application, timer), None
+            else:
+                yield cancel_timer(self._application, name), None
 
     async def __aenter__(self) -> Self:
         _ = self.async_session

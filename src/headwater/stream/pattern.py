@@ -28,6 +28,7 @@ from sqlalchemy.orm import Session
 from headwater.event.envelope import Envelope
 from headwater.event.topic import Topic, field_names
 from headwater.runtime.app import App
+from headwater.runtime.handler import group_of
 from headwater.runtime.retry import Retry
 from headwater.settings import duration_seconds
 from headwater.store.tables import patterns
@@ -135,16 +136,16 @@ class Pattern:
         for topic in topics:
             events = [cls for cls in topic.events if cls in self.events]
             if events:
-                self._handle(app, topic, events, retry)
+                self._handle(app, topic, topics, events, retry)
         app.joined.append(self)
 
-    def _handle(self, app: App, topic: Topic, events: list[type], retry: Retry) -> None:
+    def _handle(self, app: App, topic: Topic, among: Sequence[Topic], events: list[type], retry: Retry) -> None:
         async def handle(event: Any, envelope: Envelope, uow: UnitOfWork) -> None:
             await self.handle(event, envelope.timestamp, uow)
 
         handle.__name__ = f"{self.name}_pattern"
         handle.__annotations__ = {"event": Union[tuple(events)], "envelope": Envelope, "uow": UnitOfWork}  # noqa: UP007
-        group = f"{self.name}-{topic.name.rpartition('.')[2]}"
+        group = group_of(self.name, topic, among)
         app.handler(topic, group=group, delivery="effectively_once", retry=retry)(handle)
 
     async def handle(self, event: Any, at: datetime, uow: UnitOfWork) -> None:
