@@ -17,6 +17,7 @@ from headwater.event.envelope import Cause
 from headwater.runtime.schemas import schemas_of
 from headwater.settings import KNOWN
 from tests.kit.clients import wait_until
+from tests.mutants import MUTANTS
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -112,6 +113,12 @@ def test_every_proof_exists(page: str) -> None:
     assert len(proofs) > 10
     for path, name in proofs:
         assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+
+
+def test_every_mutant_breaks_a_line_that_is_there() -> None:
+    """Once: a promise whose line was rewritten would else be without its proof until somebody runs them."""
+    for mutant in MUTANTS:
+        assert (ROOT / mutant.path).read_text().count(mutant.old) == 1, mutant.promise
 
 
 def test_every_requirement_is_named_by_its_test() -> None:

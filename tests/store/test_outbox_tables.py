@@ -689,26 +689,26 @@ def test_by_replication_kill_9_loses_and_reorders_nothing(
 
 
 @pytest.mark.parametrize("source", ["polling", "replication"])
-def test_a_commit_reaches_its_topic_soon(engine: Engine, url: str, unique: str, source: str) -> None:
-    """S003-10.4: within 2 s, ten times the bound; how fast it is, is measured by the benchmarks. (both engines)"""
+def test_a_commit_wakes_its_relay(
+    engine: Engine, url: str, unique: str, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S003-10.4: no commit waits for the relay's next look at the table. (both engines)"""
+    if source == "polling":
+        monkeypatch.setattr("headwater.runtime.relay.POLL_SECONDS", 3600.0)
     topic = Topic(unique, key="account_id", events=[Changed])
     app = relaying(engine, url, topic, Outbox(source=source))
-    seen: dict[int, float] = {}
-    sent: dict[int, float] = {}
+    seen: set[int] = set()
 
     @app.handler(topic, group=unique)
     async def handle(event: Changed) -> None:
-        seen[event.number] = time.monotonic()
+        seen.add(event.number)
 
     with Running(app):
         wait_until(lambda: app._relay is not None and bool(app._relay.leads), "the relay")
-        for number in range(50):
+        for number in range(20):
             with app.database.sessions() as session, app.unit_of_work(session) as uow:
                 uow.publish(Changed("a", number))
-            sent[number] = time.monotonic()
-        wait_until(lambda: len(seen) == 50, "50 events")
-    latencies = sorted(seen[number] - sent[number] for number in range(10, 50))
-    assert latencies[-1] < 2.0
+            wait_until(lambda number=number: number in seen, f"event {number}")
 
 
 # The stream's bytes

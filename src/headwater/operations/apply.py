@@ -7,6 +7,7 @@ replication factor, is a warning that says so.
 """
 
 import re
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -22,6 +23,7 @@ from headwater.settings import InvalidSetting
 
 REPLICATION = "replication"
 MIN_REPLICAS, MAX_REPLICAS = 2, 3
+VISIBLE_SECONDS = 10.0
 EXEMPT = re.compile(r"__|_schemas$|.*\.(retry|dead|deadlines)$")
 """Kafka's own topics and ours, which have names of their own."""
 
@@ -259,5 +261,16 @@ def carry_out(client: KafkaAdmin, step: Step) -> None:
         client.grow_topic(step.topic, step.partitions)
     elif step.action is Action.CONFIGURE:
         client.alter_topic_configs(step.topic, dict(step.configs))
+        _await_configs(client, step)
     else:
         client.delete_topic(step.topic)
+
+
+def _await_configs(client: KafkaAdmin, step: Step) -> None:
+    """A KRaft controller answers before the brokers have read its log: a plan made now would still want the change."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while time.monotonic() < deadline:
+        shown = client.topic_configs(step.topic)
+        if all(name in shown and shown[name].value == value for name, value in step.configs.items()):
+            return
+        time.sleep(0.05)
