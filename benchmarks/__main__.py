@@ -1,8 +1,8 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats` for one part."""
+"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats|projections` for one part."""
 
 import sys
 
-from benchmarks import app, broker, delivery, formats, registry
+from benchmarks import app, broker, delivery, formats, projections, registry
 
 PARTS = {
     "broker": broker.run,
@@ -10,6 +10,7 @@ PARTS = {
     "delivery": delivery.run,
     "registry": registry.run,
     "formats": formats.run,
+    "projections": projections.run,
 }
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from headwater.domain.projection import Projection
     from headwater.domain.saga import Saga
     from headwater.domain.saga_decision import Step
     from headwater.event.envelope import Envelope, Metadata
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from headwater.settings import Settings
     from headwater.store.database import Database
     from headwater.store.outbox import Outbox
+    from headwater.store.read_model import Rows
     from headwater.store.unit_of_work import UnitOfWork
 
 PUBLIC = {
@@ -33,7 +35,9 @@ PUBLIC = {
     "NotPublished": "headwater.kafka.producer",
     "Outbox": "headwater.store.outbox",
     "Profile": "headwater.kafka.producer",
+    "Projection": "headwater.domain.projection",
     "Retry": "headwater.runtime.retry",
+    "Rows": "headwater.store.read_model",
     "Saga": "headwater.domain.saga",
     "Settings": "headwater.settings",
     "Step": "headwater.domain.saga_decision",
@@ -53,7 +57,9 @@ __all__ = [
     "NotPublished",
     "Outbox",
     "Profile",
+    "Projection",
     "Retry",
+    "Rows",
     "Saga",
     "Settings",
     "Step",

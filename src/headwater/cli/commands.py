@@ -12,6 +12,7 @@ from headwater.cli import (
     groups,
     outbox,
     produce,
+    projections,
     registry,
     replay,
     run,
@@ -51,6 +52,7 @@ app.add_typer(topics.app, name="topics")
 app.add_typer(groups.app, name="groups")
 app.add_typer(schemas.app, name="schemas")
 app.add_typer(outbox.app, name="outbox")
+app.add_typer(projections.app, name="projections")
 app.add_typer(sagas.app, name="sagas")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("apply")(apply.apply)

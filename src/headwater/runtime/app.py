@@ -44,7 +44,7 @@ from headwater.runtime.relay import Relay
 from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
 from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
 from headwater.runtime.schemas import Schemas
-from headwater.runtime.subscription import Subscription, Surroundings
+from headwater.runtime.subscription import Beside, Runner, Subscription, Surroundings
 from headwater.runtime.timers import Timers
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
 from headwater.runtime.transaction import unique_id
@@ -97,6 +97,8 @@ class App:
         self.handlers: list[Handler] = []
         self.joined: list[object] = []
         """Sagas and other patterns that are at work in this application."""
+        self.beside: list[Beside] = []
+        """What reads topics on its own, such as projections."""
         self._profile = profile
         self._router = Router(name)
         self._router.add(topics)
@@ -128,6 +130,13 @@ class App:
     @property
     def topics(self) -> list[Topic]:
         return list(self._router.topics.values())
+
+    @property
+    def _read(self) -> list[Topic]:
+        return [
+            *(handler.topic for handler in self.handlers),
+            *(topic for each in self.beside for topic in each.topics),
+        ]
 
     # Declaring
 
@@ -180,6 +189,11 @@ class App:
             return function
 
         return register
+
+    def run_beside(self, beside: Beside) -> None:
+        """Run it whenever the handlers run. Raises NoTopic."""
+        self._router.add(beside.topics)
+        self.beside.append(beside)
 
     def on_start(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """Awaited before anything is handled or served, when publishing works already: tables, caches."""
@@ -298,6 +312,10 @@ class App:
 
     def _check_handlers(self) -> None:
         """What can be known to go wrong. Raises InvalidHandler."""
+        if self.beside and self._database is None:
+            raise InvalidHandler(
+                f"{', '.join(each.name for each in self.beside)} keep what they know in a database: set HEADWATER_DATABASE_URL."
+            )
         for handler in self.handlers:
             if handler.uow_parameter is not None and self._database is None:
                 raise InvalidHandler(
@@ -354,7 +372,7 @@ class App:
             admin.create_topic(name, partitions, replicas, configs)
         for name, partitions in small.items():
             admin.grow_topic(name, partitions)
-        names = sorted({handler.topic.name for handler in self.handlers})
+        names = sorted({topic.name for topic in self._read})
         described = _when_known(lambda: admin.describe_topics(names)) if names else []
         self._topic_ids = {each.name: each.topic_id for each in described}
         self._retentions = {
@@ -401,12 +419,14 @@ class App:
         self._failed = failed
         listener = self._bind_web()
         async with self.lifespan():
-            subscriptions = self._subscribe(loop, failed)
+            around = self._surroundings(failed)
+            subscriptions = self._subscribe(around, loop)
+            runners = [await loop.run_in_executor(None, each.begin, around, self._topic_ids) for each in self.beside]
             web = (
                 asyncio.create_task(serve(self._web[0], listener, stop)) if self._web and listener is not None else None
             )
             stopping = asyncio.create_task(stop.wait())
-            caught_up = asyncio.create_task(self._catch_up()) if until_now else None
+            caught_up = asyncio.create_task(self._catch_up(runners)) if until_now else None
             logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
             try:
                 waited = [task for task in (stopping, failure, web, caught_up) if task is not None]
@@ -416,6 +436,8 @@ class App:
                 logger.info("stopping app=%s", self.name)
                 for each in subscriptions:
                     each.request_stop(STOP_SECONDS)
+                for runner in runners:
+                    await loop.run_in_executor(None, runner.stop)
                 while any(each.is_alive for each in subscriptions):
                     await asyncio.sleep(0.01)
                 for each in subscriptions:
@@ -432,19 +454,27 @@ class App:
         if failure.done():
             failure.result()
 
-    async def _catch_up(self) -> None:
+    async def _catch_up(self, runners: Sequence[Runner]) -> None:
         """Returns when each group has settled what its topic has now. Raises AdminError, CannotStart."""
-        if not self.handlers:
+        if not self._read:
             raise CannotStart(f"{self.name} has no handlers: there is nothing that could be done up to now.")
         loop = asyncio.get_running_loop()
-        job = Job(self.settings, [(handler.group, handler.topic.name) for handler in self.handlers])
+        work = [(handler.group, handler.topic.name) for handler in self.handlers]
+        job = Job(
+            self.settings,
+            work,
+            [
+                (runner, [topic.name for topic in each.topics])
+                for runner, each in zip(runners, self.beside, strict=True)
+            ],
+        )
         await loop.run_in_executor(None, job.take_ends)
         while not await loop.run_in_executor(None, job.is_done):
             await asyncio.sleep(JOB_LOOK_SECONDS)
 
-    def _subscribe(self, loop: asyncio.AbstractEventLoop, failed: Callable[[Exception], None]) -> list[Subscription]:
+    def _surroundings(self, failed: Callable[[Exception], None]) -> Surroundings:
         assert self._loop_producer is not None
-        around = Surroundings(
+        return Surroundings(
             self.settings,
             self,
             self._loop_producer,
@@ -456,6 +486,8 @@ class App:
             self._schemas,
             self._grow,
         )
+
+    def _subscribe(self, around: Surroundings, loop: asyncio.AbstractEventLoop) -> list[Subscription]:
         subscriptions = [
             Subscription(
                 handler, around, self._topic_ids[handler.topic.name], self._retentions.get(handler.topic.name, -1), loop

@@ -15,11 +15,10 @@ from concurrent.futures import Executor
 from contextvars import copy_context
 from typing import Protocol
 
-from headwater.event.codec import Headers, NoEnvelope, SchemaMissing, Undecodable, Unframed, Unknown, tombstone_of
-from headwater.event.data_format import WriterSchema
+from headwater.event.codec import SchemaMissing, Undecodable, Unknown
 from headwater.event.envelope import Cause, Envelope, set_cause
-from headwater.event.event import Tombstone
 from headwater.runtime.assignment import Received
+from headwater.runtime.decoding import SchemaSource, TopicDecoder
 from headwater.runtime.handler import Handler
 from headwater.runtime.lane import Attempted
 from headwater.runtime.retry import Delivery
@@ -53,11 +52,6 @@ class Effects(Protocol):
     def publish_all_sync(self, events: Sequence[object]) -> object: ...
 
 
-class SchemaSource(Protocol):
-    def look_up(self, id: int) -> WriterSchema | None:
-        """None when there is no such schema. Blocks. Raises RegistryUnreachable."""
-
-
 class WrongOutcome(TypeError):
     """A batch handler returned something else than an outcome per event."""
 
@@ -69,59 +63,17 @@ class Calls:
         self._handler = handler
         self._effects = effects
         self._executor = executor
-        self._topic_id = topic_id
-        self._schemas = schemas
-        self._decoder = handler.decoder
-        self._framed_decoder = handler.framed_decoder
-        self._takes_tombstones = Tombstone in handler.classes
+        self._decoder = TopicDecoder(handler.topic, handler.classes, topic_id, schemas)
+        self.decode = self._decoder.decode
         self.begin = effects.begin
         self._is_transactional = handler.delivery is Delivery.EXACTLY_ONCE
         self._has_inbox = handler.delivery is Delivery.EFFECTIVELY_ONCE
         self._is_plain = handler.uow_parameter is None and handler.envelope_parameter is None and not handler.batch
 
-    def decode(self, event: Received) -> Envelope:
-        """Raises Unknown, Undecodable (SchemaMissing, when its schema must be looked up first)."""
-        value = event.value()
-        if value is None:
-            return self._decode_tombstone(event)
-        if self._framed_decoder is not None:
-            try:
-                return self._framed_decoder.decode(value, *self._around(event))
-            except Unframed as error:
-                try:
-                    return self._decoder.decode(value)
-                except NoEnvelope:
-                    raise error from None
-        try:
-            return self._decoder.decode(value)
-        except NoEnvelope:
-            return self._decoder.decode_bare(value, *self._around(event))
-
-    def _decode_tombstone(self, event: Received) -> Envelope:
-        topic = self._handler.topic
-        if not topic.is_compacted:
-            raise Undecodable("the record has no value: a tombstone, in a topic that is not compacted")
-        if not self._takes_tombstones:
-            raise Unknown("a tombstone: there is nothing any more under this key")
-        return tombstone_of(topic, event.key(), *self._around(event))
-
-    def _around(self, event: Received) -> tuple[Headers, str, int]:
-        """What an envelope is made of where the value has none: headers, place, time."""
-        place = f"{self._topic_id}:{event.partition()}:{event.offset()}"
-        return list(event.headers() or ()), place, event.timestamp()[1]
-
     async def _decode_after(self, missing: SchemaMissing, event: Received) -> Envelope:
         """Raises RegistryUnreachable, Unknown, Undecodable."""
-        await asyncio.get_running_loop().run_in_executor(None, self._look_up, missing.id)
+        await asyncio.get_running_loop().run_in_executor(None, self._decoder.look_up, missing.id)
         return self.decode(event)
-
-    def _look_up(self, id: int) -> None:
-        """Raises RegistryUnreachable, Undecodable."""
-        assert self._framed_decoder is not None
-        schema = self._schemas.look_up(id)
-        if schema is None:
-            raise Undecodable(f"the registry knows no schema {id}")
-        self._framed_decoder.learn(id, schema)
 
     def is_wanted(self, event: Received) -> bool:
         try:
@@ -191,11 +143,7 @@ class Calls:
 
     def _call_sync(self, event: Received, generation: int, attempted: Attempted | None) -> None:
         handler, effects = self._handler, self._effects
-        try:
-            envelope = self.decode(event)
-        except SchemaMissing as missing:
-            self._look_up(missing.id)
-            envelope = self.decode(event)
+        envelope = self._decoder.decode_now(event)
         set_cause(Cause(envelope.correlation_id, envelope.event_id, envelope.metadata))
         if self._is_plain:
             result = handler.function(envelope.data)

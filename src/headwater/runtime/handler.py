@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.event.codec import Decoder, FramedDecoder
 from headwater.event.envelope import Envelope
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
@@ -89,9 +88,6 @@ class Handler:
         self.returns: list[type] = []
         """The event classes that it says it returns."""
         self.classes = self._inspect()
-        events = [cls for cls in self.classes if cls is not Tombstone]
-        self.decoder = Decoder(events)
-        self.framed_decoder = FramedDecoder(events, topic.schema) if topic.schema is not None else None
         self._check_options()
 
     @property

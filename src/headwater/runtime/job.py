@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, KafkaReader
 from headwater.runtime.frontier import decode_metadata
+from headwater.runtime.subscription import Runner
 from headwater.settings import Settings
 
 STILL_SECONDS = 2.0  # without progress, before it is looked what is left
@@ -18,11 +19,14 @@ LOOK_SECONDS = 5.0
 
 
 class Job:
-    def __init__(self, settings: Settings, work: Sequence[tuple[str, str]]) -> None:
-        """work: groups, each with its topic."""
+    def __init__(
+        self, settings: Settings, work: Sequence[tuple[str, str]], beside: Sequence[tuple[Runner, Sequence[str]]] = ()
+    ) -> None:
+        """work: groups, each with its topic. beside: what has no groups, each with its topics."""
         self._settings = settings
         self._admin = KafkaAdmin(settings)
         self._work = work
+        self._beside = beside
         self._starts: dict[tuple[str, int], int] = {}
         self._ends: dict[tuple[str, int], int] = {}
         self._seen: dict[tuple[str, str, int], tuple[int, float]] = {}
@@ -31,7 +35,9 @@ class Job:
     def take_ends(self) -> None:
         """Of partitions that have anything. Raises AdminError."""
         counts = self._admin.partition_counts()
-        topics = dict.fromkeys(topic for _, topic in self._work)
+        topics = dict.fromkeys(
+            [topic for _, topic in self._work] + [topic for _, names in self._beside for topic in names]
+        )
         places = [(topic, partition) for topic in topics for partition in range(counts[topic])]
         self._starts, ends = self._admin.start_offsets(places), self._admin.end_offsets(places)
         self._ends = {place: end for place, end in ends.items() if end > self._starts[place]}
@@ -50,7 +56,10 @@ class Job:
                 progress = decode_metadata(position.metadata) if position is not None else None
                 if progress is not None and progress.parked:
                     return False
-        return True
+        return all(
+            runner.is_done({place: end for place, end in self._ends.items() if place[0] in topics})
+            for runner, topics in self._beside
+        )
 
     def _is_rest_empty(self, group: str, place: tuple[str, int], offset: int, end: int) -> bool:
         """Whether no record is left, of a group that has come no further for a while."""

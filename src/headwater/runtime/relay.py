@@ -9,11 +9,9 @@ Of several processes each leads its part of the shards, and the others' when the
 don't work at once: their keys would be in two hands.
 """
 
-import fcntl
 import functools
 import logging
 import math
-import os
 import threading
 import time
 import uuid
@@ -21,12 +19,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from sqlalchemy import Connection, NullPool, create_engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile
 from headwater.settings import Settings
 from headwater.store.database import Database
+from headwater.store.lock import Lock
 from headwater.store.outbox import Outbox, OutboxRow, Source, StreamLost
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ class ShardRelay:
         self._shard = shard
         self._wake = threading.Event()
         self._stopped = threading.Event()
-        self._lock_file: int | None = None
+        self._lock = Lock(database, "relay")
         self._producer: KafkaProducer | None = None
         self._next_look = 0.0
         self._next_share = 0.0
@@ -160,19 +159,15 @@ class ShardRelay:
                 self._relay.leads.discard(self._shard)
             self._stopped.wait(TROUBLE_SECONDS)
         self._drop_producer()
-        if self._lock_file is not None:
-            os.close(self._lock_file)
+        self._lock.release()
 
     def _lead_and_work(self) -> None:
         if self._database.kind == "sqlite":
-            with self._database.engine.connect() as connection:
-                if self._lock():
+            with self._database.own_connection(self._relay.name) as connection:
+                if self._lock.take(connection):
                     self._work(connection)
             return
-        # A connection of its own, not the pool's: the locks live as long as it does, and must not outlive this.
-        url = self._database.engine.url
-        engine = create_engine(url, poolclass=NullPool, connect_args={"application_name": self._relay.name})
-        with engine.connect() as connection:
+        with self._database.own_connection(self._relay.name) as connection:
             while not self._stopped.is_set():
                 if self._lead(connection):
                     self._relay.leads.add(self._shard)
@@ -181,19 +176,6 @@ class ShardRelay:
                 self._stopped.wait(TROUBLE_SECONDS)  # present all the while, so that others leave it its share
 
     # Leading
-
-    def _lock(self) -> bool:
-        """Whether this relay is the one of an SQLite database."""
-        if self._lock_file is None:
-            path = os.path.realpath(self._database.url.database or "") + "-relay"
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                return False
-            self._lock_file = descriptor
-        return True
 
     def _lead(self, connection: Connection) -> bool:
         """Whether this relay is the one of its shard."""

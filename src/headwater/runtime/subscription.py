@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from headwater.event.topic import Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import Begun, KafkaConsumer, Message
 from headwater.kafka.producer import LoopProducer, TransactionalProducer
@@ -20,7 +21,8 @@ from headwater.runtime.assignment import Assignment
 from headwater.runtime.breaker import Outage
 from headwater.runtime.consumer_thread import ConsumerThread
 from headwater.runtime.daemon_executor import DaemonExecutor
-from headwater.runtime.delivery import Calls, Effects, SchemaSource
+from headwater.runtime.decoding import SchemaSource
+from headwater.runtime.delivery import Calls, Effects
 from headwater.runtime.doors import PartitionDoors
 from headwater.runtime.frontier import Progress
 from headwater.runtime.handler import Handler
@@ -58,6 +60,29 @@ class Surroundings(NamedTuple):
     schemas: SchemaSource
     grow: Callable[[Handler, int], None]
     """See that the handler's retry and dead-letter topics have so many partitions. Raises AdminError."""
+
+
+class Runner(Protocol):
+    """What a `Beside` has begun."""
+
+    def stop(self) -> None:
+        """What is at work is finished first, within a bound. Blocks."""
+
+    def is_done(self, ends: Mapping[tuple[str, int], int]) -> bool:
+        """Whether it is as far as these offsets, by topic and partition. Blocks."""
+
+
+class Beside(Protocol):
+    """What an application runs beside its handlers, reading topics on its own."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def topics(self) -> Sequence[Topic]: ...
+
+    def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:
+        """Blocks."""
 
 
 class Subscription:

@@ -9,7 +9,7 @@ opened for several processes: write-ahead log, whole syncs, writers that wait fo
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -43,6 +43,14 @@ class Database:
         engine = create_engine(self._with_driver("sqlite"))
         _prepare_sqlite(engine)
         return engine
+
+    def own_connection(self, name: str) -> Connection:
+        """Not the pool's, for PostgreSQL's locks that live as long as a connection. name: by which the server knows it."""
+        if self.kind == "sqlite":
+            return self.engine.connect()
+        return create_engine(
+            self.engine.url, poolclass=NullPool, connect_args={"application_name": name[:63]}
+        ).connect()
 
     @cached_property
     def async_engine(self) -> AsyncEngine:

@@ -3,6 +3,7 @@
 headwater_outbox   events that are to be published: see headwater.store.outbox
 headwater_inbox    events that were handled, by group: see headwater.store.inbox
 headwater_patterns what patterns know of their keys: see headwater.stream.pattern
+headwater_projections  how far read models are: see headwater.store.read_model
 headwater_sagas    long processes: see headwater.domain.saga
 headwater_timers   events that are to be published later: see headwater.store.schedule
 """
@@ -91,6 +92,15 @@ patterns = Table(
     Column("known", Text, nullable=False),
     Column("newest_ms", BigInteger, nullable=False),
     Index("headwater_patterns_age", "pattern", "newest_ms"),
+)
+
+projections = Table(
+    "headwater_projections",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("side", String(8), primary_key=True),
+    Column("progress", Text, nullable=False),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
 # Positions are given out before the commit, so a later one can become visible first. The transaction's id tells the

@@ -1,0 +1,190 @@
+"""`headwater projections`: how far read models are, what they wait for, and how they are built anew."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sqlalchemy.exc import SQLAlchemyError
+
+from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
+from headwater.domain.projection import Projection
+from headwater.domain.rebuild import CannotRebuild, Rebuild
+from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.consumer import ConsumerFailed
+from headwater.kafka.registry_client import RegistryUnreachable
+from headwater.runtime.app import App, CannotStart
+from headwater.runtime.lifecycle import load
+from headwater.runtime.schemas import Schemas
+from headwater.store import read_model, tables
+from headwater.store.read_model import Side
+
+app = typer.Typer(no_args_is_help=True, help="Read models: list, rebuild, digest, skip.")
+
+Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.orders:app.")]
+Name = Annotated[str, typer.Argument(help="The projection's name.")]
+
+
+@app.command("list")
+def list_projections(target: Target, json: Json = False) -> None:
+    """How far each is, and what it waits for. Exit code 1 if one waits."""
+    with explained("projections list"), _doors():
+        found = _load(target)
+        rows = [_row(found, each) for each in _projections(found)]
+        if json:
+            show_json(rows)
+        else:
+            shown = ("name", "version", "events", "lag", "rebuilding", "waits for")
+            show_rows(shown, [tuple(row[name.replace(" ", "_")] for name in shown) for row in rows], False,
+                      numbers=("events", "lag"), empty="no projections")  # fmt: skip
+        if any(row["waits_for"] for row in rows):
+            raise typer.Exit(1)
+
+
+def _row(app: App, projection: Projection) -> dict[str, object]:
+    with app.database.engine.connect() as connection:
+        progress = read_model.load_progress(connection, projection.name, Side.LIVE)
+        rebuilt = read_model.load_progress(connection, projection.name, Side.REBUILD)
+    admin = KafkaAdmin(app.settings)
+    counts = admin.partition_counts()
+    places = [(topic.name, i) for topic in projection.topics for i in range(counts.get(topic.name, 0))]
+    starts, ends = admin.start_offsets(places), admin.end_offsets(places)
+    # what only its group knows: how far it has read where nothing was for it
+    committed = {place: position.offset for place, position in admin.committed(projection.name).items()}
+    lag = sum(
+        max(0, end - max((progress.offset(*place) if progress else 0) or starts[place], committed.get(place, 0)))
+        for place, end in ends.items()
+    )
+    return {
+        "name": projection.name,
+        "version": progress.version if progress is not None else None,
+        "declared": projection.version,
+        "generation": progress.generation if progress is not None else None,
+        "events": progress.events if progress is not None else 0,
+        "lag": lag,
+        "rebuilding": rebuilt is not None,
+        "waits_for": [
+            f"{each.topic}:{each.partition}:{each.offset} {each.error}"
+            for each in (progress.stuck if progress is not None else ())
+        ],
+    }
+
+
+@app.command()
+def rebuild(
+    target: Target,
+    name: Name,
+    check: Annotated[bool, typer.Option("--check", help="Compare with what is there, and change nothing.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Don't go on with a rebuild that was stopped.")] = False,
+    allow_gap: Annotated[
+        bool, typer.Option("--allow-gap", help="Build it from what is left, where retention has taken the beginning.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Build a read model anew, beside the one that is read, and put it in its place. Exit code 1 if --check finds others."""
+    with explained("projections rebuild"), _doors():
+        found = _load(target)
+        projection = _projection(found, name)
+        tables.create_tables(found.database.engine)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=json) as bar:
+            task = bar.add_task(name, total=None)
+            made = Rebuild(
+                projection, found.database, found.settings, Schemas(found.settings),
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+            result = made.run(check=check, anew=anew, allow_gap=allow_gap)
+        if json:
+            show_json({**result._asdict(), "live": _dicts(result.live), "rebuilt": _dicts(result.rebuilt),
+                       "equal": result.is_equal if check else None})  # fmt: skip
+        elif check:
+            shown = [
+                (live.table, live.rows, rebuilt.rows, "equal" if live == rebuilt else "different")
+                for live, rebuilt in zip(result.live, result.rebuilt, strict=True)
+            ]
+            show_rows(("table", "rows", "rebuilt rows", "rows are"), shown, False, numbers=("rows", "rebuilt rows"))
+        else:
+            console.print(f"{name} is rebuilt of {result.events} events, in {result.seconds:.1f} s", highlight=False)
+        if check and not result.is_equal:
+            raise typer.Exit(1)
+
+
+@app.command()
+def digest(target: Target, name: Name, json: Json = False) -> None:
+    """What the rows of its tables come to: the same for the same rows."""
+    with explained("projections digest"), _doors():
+        found = _load(target)
+        projection = _projection(found, name)
+        with found.database.engine.connect() as connection, read_model.snapshot(connection):
+            digests = [read_model.digest(connection, shape) for shape in projection.shapes(Side.LIVE)]
+        show_rows(("table", "rows", "value"), digests, json, numbers=("rows",))
+
+
+@app.command()
+def skip(
+    target: Target,
+    name: Name,
+    event: Annotated[str, typer.Argument(metavar="TOPIC:PARTITION:OFFSET", help="As `projections list` shows it.")],
+    json: Json = False,
+) -> None:
+    """Leave out an event that can't be applied, now and in every rebuild."""
+    with explained("projections skip"), _doors():
+        found = _load(target)
+        projection = _projection(found, name)
+        topic, partition, offset = _place(event)
+        if topic not in {each.name for each in projection.topics}:
+            raise UserError(f"{name} doesn't read {topic}.")
+        with found.database.engine.begin() as connection:
+            progress = read_model.load_progress(connection, name, Side.LIVE, lock=True)
+            if progress is None:
+                raise UserError(f"{name} has not begun: nothing is stuck.")
+            read_model.save_progress(connection, name, Side.LIVE, progress.without(topic, partition, offset))
+        show_json({"skipped": event}) if json else console.print(f"{name} leaves out {event}", highlight=False)
+
+
+def _place(event: str) -> tuple[str, int, int]:
+    """Raises UserError."""
+    try:
+        topic, partition, offset = event.rsplit(":", 2)
+        return topic, int(partition), int(offset)
+    except ValueError:
+        raise UserError(f"{event!r} names no event: TOPIC:PARTITION:OFFSET, as `projections list` shows it.") from None
+
+
+def _dicts(digests: list[read_model.Digest]) -> list[dict[str, object]]:
+    return [each._asdict() for each in digests]
+
+
+def _projections(app: App) -> list[Projection]:
+    return [each for each in app.beside if isinstance(each, Projection)]
+
+
+def _projection(app: App, name: str) -> Projection:
+    """Raises UserError."""
+    for each in _projections(app):
+        if each.name == name:
+            return each
+    names = ", ".join(each.name for each in _projections(app)) or "none"
+    raise UserError(f"{app.name} has no projection {name!r}: {names}.")
+
+
+def _load(target: str) -> App:
+    """Raises UserError."""
+    try:
+        found = load(target)
+        _ = found.database
+        return found
+    except CannotStart as error:
+        raise UserError(str(error)) from None
+
+
+@contextmanager
+def _doors() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise UserError(f"the database refuses: {str(error).splitlines()[0]}") from None
+    except (CannotRebuild, ConsumerFailed, RegistryUnreachable, msgspec.ValidationError) as error:
+        raise UserError(str(error)) from None

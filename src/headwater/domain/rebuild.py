@@ -1,0 +1,316 @@
+"""A projection built anew, beside the live one, and put in its place; or compared with it.
+
+1. The ends of its topics are taken; everything up to them is applied to tables beside the live ones.
+2. What the live side has come further meanwhile is applied too, until nothing is missing.
+3. In one transaction the tables take the place of the live ones, with their progress.
+
+A rebuild that was stopped goes on where it was. Compared (`check`): the live side's rows and progress are looked at in one
+snapshot, the rebuild goes exactly as far, and the digests of the rows are the same or not.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+from sqlalchemy import Connection
+from sqlalchemy.exc import OperationalError
+
+from headwater.domain.projection import Place, Projection
+from headwater.domain.projector import advanced, offset_of, place_of
+from headwater.event.codec import Undecodable
+from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.consumer import KafkaReader, Message
+from headwater.runtime.decoding import SchemaSource
+from headwater.settings import Settings
+from headwater.store import read_model
+from headwater.store.database import Database, is_unavailable
+from headwater.store.lock import Lock
+from headwater.store.read_model import Digest, Progress, Rows, Side, digest, shape_of
+
+GC_THRESHOLD = 100_000
+"""Rows by the ten thousand are no garbage: looking for it among them takes a quarter of the time."""
+TAKE = 5000
+TAKE_SECONDS = 0.5
+SAVE_EVENTS = 20_000
+"""So many are in memory before they are written."""
+MOST_ROWS = 500_000
+"""Of a table in memory; beyond it, rows are read from the table again."""
+ROUNDS = 10
+"""Of catching up with the live side, before it is made to wait for the last of them."""
+LOCK_TRIES = 15
+"""To get the tables from those that read them, for two seconds each."""
+STILL_SECONDS = 60.0
+"""Without any record, before the way to the broker is given up."""
+
+Tell = Callable[[int, int], None]
+"""Offsets that are done, and all."""
+
+
+class CannotRebuild(Exception):
+    """The message says why, and what to do."""
+
+
+class Result(NamedTuple):
+    events: int
+    """That were applied by this rebuild, from its beginning."""
+    seconds: float
+    live: list[Digest]
+    """Of the rows that were there; empty unless they were compared."""
+    rebuilt: list[Digest]
+
+    @property
+    def is_equal(self) -> bool:
+        return self.live == self.rebuilt
+
+
+class Rebuild:
+    def __init__(
+        self, projection: Projection, database: Database, settings: Settings, schemas: SchemaSource, tell: Tell
+    ) -> None:
+        """tell: called now and then."""
+        self._projection = projection
+        self._database = database
+        self._settings = settings
+        self._tell = tell
+        self._admin = KafkaAdmin(settings)
+        names = [topic.name for topic in projection.topics]
+        self._topic_ids = {each.name: each.topic_id for each in self._admin.describe_topics(names)}
+        self._decoders = projection.decoders(self._topic_ids, schemas)
+        self._shapes = projection.shapes(Side.REBUILD)
+        self._progress = Progress(projection.version)
+        self._positions: dict[Place, int] = {}
+        self._all = self._done = 0
+        self._skipped: frozenset[tuple[str, int, int]] = frozenset()
+
+    def run(self, *, check: bool = False, anew: bool = False, allow_gap: bool = False) -> Result:
+        """check: compare, and change nothing. anew: don't go on with one that was stopped. allow_gap: of what is left, where
+        retention has taken the beginning. Raises CannotRebuild, SQLAlchemyError, AdminError, ConsumerFailed."""
+        started = time.monotonic()
+        lock = Lock(self._database, f"rebuild-{self._projection.name}")
+        with self._database.own_connection(f"headwater-rebuild-{self._projection.name}") as connection:
+            if not lock.take(connection):
+                raise CannotRebuild(f"{self._projection.name} is being rebuilt already, by another process.")
+            before = gc.get_threshold()
+            gc.set_threshold(GC_THRESHOLD)
+            try:
+                return self._run(connection, started, check, anew or check, allow_gap)
+            finally:
+                gc.set_threshold(*before)
+                lock.release()
+
+    def _run(self, connection: Connection, started: float, check: bool, anew: bool, allow_gap: bool) -> Result:
+        places = self._places()
+        starts, ends = self._admin.start_offsets(places), self._admin.end_offsets(places)
+        if not allow_gap:
+            self._check_beginnings(starts)
+        digests: list[Digest] = []
+        if check:
+            live, digests = self._look_at_live(connection)
+            ends = {place: min(ends[place], live.offset(*place) or 0) for place in places}
+        self._prepare(connection, anew)
+        self._positions = {place: max(self._progress.offset(*place) or 0, starts[place]) for place in places}
+        self._all = sum(max(0, end - self._positions[place]) for place, end in ends.items())
+        reader = KafkaReader(self._settings, self._positions)
+        try:
+            rows = Rows(connection, self._shapes, is_empty=not self._progress.topics)
+            self._read_to(connection, reader, rows, ends, exactly=check)
+            if check:
+                rebuilt = self._digests(connection)
+                self._drop(connection)
+                return Result(self._progress.events, time.monotonic() - started, digests, rebuilt)
+            self._exchange(connection, reader, rows)
+        finally:
+            reader.close()
+        return Result(self._progress.events, time.monotonic() - started, [], [])
+
+    # Before
+
+    def _places(self) -> list[Place]:
+        counts = self._admin.partition_counts()
+        return [(topic, i) for topic in self._decoders for i in range(counts[topic])]
+
+    def _check_beginnings(self, starts: Mapping[Place, int]) -> None:
+        """Raises CannotRebuild."""
+        gone = [
+            f"{topic}-{partition} begins at {offset}" for (topic, partition), offset in starts.items() if offset > 0
+        ]
+        if gone:
+            raise CannotRebuild(
+                f"retention has taken the beginning of {gone[0]}"
+                + (f", and of {len(gone) - 1} more partitions" if len(gone) > 1 else "")
+                + ": what is left makes other rows. Keep what rebuilds need, in a compacted topic or for longer; or say "
+                "--allow-gap, and build it from what is left."
+            )
+
+    def _look_at_live(self, connection: Connection) -> tuple[Progress, list[Digest]]:
+        """In one snapshot. Raises CannotRebuild."""
+        with read_model.snapshot(connection):
+            live = read_model.load_progress(connection, self._projection.name, Side.LIVE)
+            if live is None:
+                raise CannotRebuild(f"{self._projection.name} has no live side yet: there is nothing to compare with.")
+            return live, [digest(connection, shape_of(cls)) for cls in self._projection.tables]
+
+    def _prepare(self, connection: Connection, anew: bool) -> None:
+        """The tables, with what an earlier rebuild has brought them."""
+        name = self._projection.name
+        with connection.begin():
+            live = read_model.load_progress(connection, name, Side.LIVE)
+            self._skipped = frozenset(live.skipped) if live is not None else frozenset()
+            found = read_model.load_progress(connection, name, Side.REBUILD)
+            goes_on = (
+                not anew
+                and found is not None
+                and found.version == self._projection.version
+                and all(known.topic_id == self._topic_ids.get(topic) for topic, known in found.topics.items())
+                and all(read_model.is_there(connection, each) for each in self._shapes)
+            )
+            if goes_on and found is not None:
+                self._progress = found
+                return
+            read_model.drop(connection, self._shapes)
+            read_model.create(connection, self._shapes)
+            read_model.save_progress(connection, name, Side.REBUILD, self._progress)
+
+    # Reading
+
+    def _read_to(
+        self,
+        connection: Connection,
+        reader: KafkaReader,
+        rows: Rows,
+        ends: Mapping[Place, int],
+        *,
+        exactly: bool = False,
+        saves: bool = True,
+    ) -> None:
+        """exactly: nothing beyond. saves: in transactions of its own, instead of one that is open. Raises CannotRebuild."""
+        unsaved = 0
+        heard = time.monotonic()
+        while any(self._positions[place] < end for place, end in ends.items()):
+            records, ended = reader.take(TAKE, TAKE_SECONDS)
+            if records or ended:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > STILL_SECONDS:
+                raise CannotRebuild(f"nothing was heard of the broker for {STILL_SECONDS:.0f} s.")
+            if exactly:
+                records = [record for record in records if offset_of(record) < ends[place_of(record)]]
+            if saves:
+                with connection.begin():
+                    unsaved += self._apply(records, rows)
+                    self._move(records, ended)
+                    if unsaved >= SAVE_EVENTS or rows.is_ahead:
+                        self._save(connection, rows)
+                        unsaved = 0
+            else:
+                self._apply(records, rows)
+                self._move(records, ended)
+            self._tell(min(self._done, self._all), self._all)
+        if saves:
+            with connection.begin():
+                self._save(connection, rows)
+        else:
+            self._save(connection, rows)
+
+    def _apply(self, records: Sequence[Message], rows: Rows) -> int:
+        """Raises CannotRebuild."""
+        for record in records:
+            place, offset = place_of(record), offset_of(record)
+            if (*place, offset) in self._skipped:
+                continue
+            try:
+                self._projection.apply(record, self._decoders[place[0]], rows)
+            except Exception as error:
+                if is_unavailable(error):
+                    raise
+                kind = "can't be read" if isinstance(error, Undecodable) else "can't be applied"
+                raise CannotRebuild(
+                    f"{place[0]}-{place[1]} at {offset} {kind}: {type(error).__name__}: {error}\n"
+                    "  Mend what handles it and run this again, it goes on where it is; or leave the event out: "
+                    f"headwater projections skip MODULE:APP {self._projection.name} {place[0]}:{place[1]}:{offset}"
+                ) from error
+        self._progress = msgspec.structs.replace(self._progress, events=self._progress.events + len(records))
+        return len(records)
+
+    def _move(self, records: Sequence[Message], ended: Mapping[Place, int]) -> None:
+        before = sum(self._positions.values())
+        for record in records:
+            self._positions[place_of(record)] = offset_of(record) + 1
+        for place, end in ended.items():
+            self._positions[place] = max(self._positions[place], end)
+        self._done += sum(self._positions.values()) - before
+
+    def _save(self, connection: Connection, rows: Rows) -> None:
+        """In the transaction that is open."""
+        rows.write()
+        rows.make_room(MOST_ROWS)
+        self._progress = advanced(self._progress, self._positions, self._topic_ids, events=self._progress.events)
+        read_model.save_progress(connection, self._projection.name, Side.REBUILD, self._progress)
+
+    # After
+
+    def _exchange(self, connection: Connection, reader: KafkaReader, rows: Rows) -> None:
+        """Raises CannotRebuild."""
+        rounds = waits = 0
+        while True:
+            try:
+                behind = self._try_to_exchange(connection, reader, rows, waits_for_us=rounds == ROUNDS)
+            except OperationalError as error:
+                if not read_model.is_locked(error):
+                    raise
+                waits += 1
+                if waits == LOCK_TRIES:
+                    raise CannotRebuild(
+                        f"{self._projection.name} is rebuilt, but somebody reads its tables without end: end that, and run "
+                        "this again; it goes on here."
+                    ) from None
+                continue
+            if not behind:
+                return
+            rounds += 1
+            self._read_to(connection, reader, rows, behind)
+
+    def _try_to_exchange(
+        self, connection: Connection, reader: KafkaReader, rows: Rows, *, waits_for_us: bool
+    ) -> dict[Place, int]:
+        """Where the live side is further; it was exchanged when it is nowhere. waits_for_us: what is missing is read while
+        the live side waits. Raises OperationalError."""
+        name = self._projection.name
+        with connection.begin():
+            live = read_model.load_progress(connection, name, Side.LIVE, lock=True)
+            behind = self._behind(live)
+            if behind and not waits_for_us:
+                return behind
+            if behind:
+                self._read_to(connection, reader, rows, behind, saves=False)
+            read_model.swap(connection, self._projection.tables)
+            read_model.save_progress(connection, name, Side.LIVE, self._as_live(live))
+            read_model.drop_progress(connection, name, Side.REBUILD)
+            return {}
+
+    def _behind(self, live: Progress | None) -> dict[Place, int]:
+        """Where the live side is further."""
+        if live is None:
+            return {}
+        return {
+            (topic, partition): offset
+            for topic, known in live.topics.items()
+            if known.topic_id == self._topic_ids.get(topic)
+            for partition, offset in known.offsets.items()
+            if offset > self._positions.get((topic, partition), 0)
+        }
+
+    def _as_live(self, before: Progress | None) -> Progress:
+        generation = before.generation + 1 if before is not None else 0
+        skipped = before.skipped if before is not None else ()
+        return msgspec.structs.replace(self._progress, generation=generation, skipped=skipped)
+
+    def _digests(self, connection: Connection) -> list[Digest]:
+        with connection.begin():
+            return [digest(connection, shape) for shape in self._shapes]
+
+    def _drop(self, connection: Connection) -> None:
+        with connection.begin():
+            read_model.drop(connection, self._shapes)
+            read_model.drop_progress(connection, self._projection.name, Side.REBUILD)
