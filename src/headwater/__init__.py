@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from headwater.store.outbox import Outbox
     from headwater.store.read_model import Rows
     from headwater.store.unit_of_work import UnitOfWork
+    from headwater.trust.audit import Audit
 
 PUBLIC = {
     "App": "headwater.runtime.app",
+    "Audit": "headwater.trust.audit",
     "CorrelationMiddleware": "headwater.runtime.tracing",
     "Database": "headwater.store.database",
     "Envelope": "headwater.event.envelope",
@@ -49,6 +51,7 @@ PUBLIC = {
 
 __all__ = [
     "App",
+    "Audit",
     "CorrelationMiddleware",
     "Database",
     "Envelope",

@@ -7,6 +7,7 @@ import typer
 from headwater import __version__
 from headwater.cli import (
     apply,
+    audit,
     consume,
     dead_letters,
     groups,
@@ -54,6 +55,7 @@ app.add_typer(schemas.app, name="schemas")
 app.add_typer(outbox.app, name="outbox")
 app.add_typer(projections.app, name="projections")
 app.add_typer(sagas.app, name="sagas")
+app.add_typer(audit.app, name="audit")
 app.add_typer(dead_letters.app, name="dead-letters")
 app.command("apply")(apply.apply)
 app.command("replay")(replay.replay)

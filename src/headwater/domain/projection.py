@@ -71,6 +71,7 @@ class Projection:
         self.topics = tuple(topics)
         self.tables = tuple(tables)
         self.version = version
+        self.needs_database = True
         self._functions: dict[type, Function] = {}
         for side in Side:
             self.shapes(side)

@@ -312,10 +312,9 @@ class App:
 
     def _check_handlers(self) -> None:
         """What can be known to go wrong. Raises InvalidHandler."""
-        if self.beside and self._database is None:
-            raise InvalidHandler(
-                f"{', '.join(each.name for each in self.beside)} keep what they know in a database: set HEADWATER_DATABASE_URL."
-            )
+        for each in self.beside:
+            if each.needs_database and self._database is None:
+                raise InvalidHandler(f"{each.name} keeps its rows in a database: set HEADWATER_DATABASE_URL.")
         for handler in self.handlers:
             if handler.uow_parameter is not None and self._database is None:
                 raise InvalidHandler(

@@ -8,6 +8,8 @@ before_done_ack, after_done_ack, before_dead_ack, after_dead_ack
 before_commit       the frontier is about to be committed
 after_commit        it is committed
 in_handler          the handler is about to be called
+audit_sent, audit_acknowledged, audit_committed
+                    records of an audit were sent, are acknowledged, are committed: see headwater.trust.auditor
 """
 
 from collections.abc import Callable

@@ -81,6 +81,9 @@ class Beside(Protocol):
     @property
     def topics(self) -> Sequence[Topic]: ...
 
+    @property
+    def needs_database(self) -> bool: ...
+
     def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:
         """Blocks."""
 

@@ -1,0 +1,177 @@
+"""`headwater audit`: whether an audit topic is what was written, and where its chains end."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.progress import Progress
+
+from headwater.cli.output import (
+    DEFAULT_SERVERS,
+    Json,
+    Servers,
+    UserError,
+    admin,
+    console,
+    explained,
+    settings_for,
+    show_json,
+    show_rows,
+)
+from headwater.kafka.consumer import ConsumerFailed, KafkaReader, headers_of
+from headwater.settings import Settings
+from headwater.trust.verifier import Finding, Verifier, judge_event
+
+app = typer.Typer(no_args_is_help=True, help="Audit topics: verify, head.")
+
+BATCH = 2000
+TAKE_SECONDS = 0.5
+STILL_TAKES = 60
+MOST_SHOWN = 100
+
+Topic = Annotated[str, typer.Argument(help="The audit topic.")]
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The end of a chain."""
+
+    partition: int
+    sequence: int
+    hash: str
+
+
+@app.command()
+def verify(
+    topic: Topic,
+    of: Annotated[
+        list[str] | None,
+        typer.Option("--of", help="A topic whose events must all be in it, as they are; several times."),
+    ] = None,
+    head: Annotated[
+        Path | None,
+        typer.Option("--head", help="What `audit head --json` printed before: the chains must go through it."),
+    ] = None,
+    servers: Servers = DEFAULT_SERVERS,
+    json: Json = False,
+) -> None:
+    """Read the chains from their beginning. Exit code 1 when a record was changed, removed, moved or put in."""
+    with explained("audit verify"):
+        verifiers = _verified(topic, servers, _heads(head), quiet=json)
+        findings = [finding for each in verifiers for finding in each.findings]
+        events = 0
+        for source in of or ():
+            events += _compare(source, verifiers, findings, servers, quiet=json)
+        counts = {
+            "records": sum(each.records for each in verifiers),
+            "spare": sum(each.spare for each in verifiers),
+            "events": events,
+            "findings": len(findings),
+        }
+        if json:
+            show_json({**counts, "found": [{**each._asdict(), "fault": each.fault.value} for each in findings]})
+        else:
+            shown = [(each.partition, each.offset, each.fault.value, each.detail) for each in findings[:MOST_SHOWN]]
+            if shown:
+                show_rows(("partition", "offset", "fault", "what"), shown, False, numbers=("partition", "offset"))
+            if len(findings) > MOST_SHOWN:
+                console.print(f"... and {len(findings) - MOST_SHOWN} more")
+            console.print(_summary(topic, counts), highlight=False)
+        if findings:
+            raise typer.Exit(1)
+
+
+def _summary(topic: str, counts: dict[str, int]) -> str:
+    parts = [f"{topic}: {counts['records']} records"]
+    if counts["spare"]:
+        parts.append(f"{counts['spare']} copies too many, of a writer that was suspended")
+    if counts["events"]:
+        parts.append(f"{counts['events']} events compared")
+    return ", ".join([*parts, f"{counts['findings']} findings" if counts["findings"] else "nothing is wrong"])
+
+
+@app.command("head")
+def show_head(topic: Topic, servers: Servers = DEFAULT_SERVERS, json: Json = False) -> None:
+    """Where the chains end, once they are verified. Kept elsewhere, it shows later that nothing was cut off."""
+    with explained("audit head"):
+        verifiers = _verified(topic, servers, [], quiet=json)
+        if any(each.findings for each in verifiers):
+            raise UserError(f"{topic} is not what was written: `headwater audit verify {topic}` says where.")
+        show_rows(
+            ("partition", "sequence", "hash"), [(each.partition, each.sequence, each.hash) for each in verifiers], json
+        )
+
+
+def _verified(topic: str, servers: str, heads: list[Head], *, quiet: bool) -> list[Verifier]:
+    """Raises UserError, AdminError."""
+    client = admin(servers)
+    count = client.partition_counts().get(topic)
+    if count is None:
+        raise UserError(f"there is no topic {topic}.")
+    starts = client.start_offsets([(topic, i) for i in range(count)])
+    verifiers = [Verifier(topic, i, is_whole=starts[topic, i] == 0) for i in range(count)]
+    for each in heads:
+        if not 0 <= each.partition < count:
+            raise UserError(f"{topic} has no partition {each.partition}, of which the head was kept.")
+        if each.sequence:
+            verifiers[each.partition].expect(each.sequence, each.hash)
+    for record in _records(topic, servers, quiet=quiet):
+        verifiers[record.partition()].feed(record.offset(), record.key(), record.value(), headers_of(record))
+    for verifier in verifiers:
+        verifier.end()
+    return verifiers
+
+
+def _compare(source: str, verifiers: list[Verifier], findings: list[Finding], servers: str, *, quiet: bool) -> int:
+    """How many events there were."""
+    if source not in admin(servers).partition_counts():
+        raise UserError(f"there is no topic {source}.")
+    count = 0
+    for record in _records(source, servers, quiet=quiet):
+        count += 1
+        place = (source, record.partition(), record.offset())
+        found = judge_event(verifiers, *place, record.key(), record.value(), headers_of(record))
+        if found is not None:
+            findings.append(found)
+    return count
+
+
+def _records(topic: str, servers: str, *, quiet: bool) -> Any:
+    """All up to the ends that it has now. Raises UserError, AdminError."""
+    settings: Settings = settings_for(servers)
+    client = admin(servers)
+    places = [(topic, i) for i in range(client.partition_counts()[topic])]
+    starts, ends = client.start_offsets(places), client.end_offsets(places)
+    positions = dict(starts)
+    reader = KafkaReader(settings, starts)
+    still = 0
+    try:
+        with Progress(console=console, transient=True, disable=quiet) as bar:
+            task = bar.add_task(topic, total=sum(ends.values()) - sum(starts.values()))
+            while any(positions[place] < ends[place] for place in places):
+                records, ended = reader.take(BATCH, TAKE_SECONDS)
+                still = 0 if records or ended else still + 1
+                if still > STILL_TAKES:
+                    raise UserError(f"{topic} could not be read to its end: nothing more came.")
+                for record in records:
+                    place = (topic, record.partition() or 0)
+                    positions[place] = (record.offset() or 0) + 1
+                    if positions[place] <= ends[place]:
+                        yield record
+                for place, end in ended.items():
+                    positions[place] = max(positions[place], end)
+                bar.update(task, completed=sum(positions.values()) - sum(starts.values()))
+    except ConsumerFailed as error:
+        raise UserError(str(error)) from None
+    finally:
+        reader.close()
+
+
+def _heads(path: Path | None) -> list[Head]:
+    """Raises UserError."""
+    if path is None:
+        return []
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=list[Head])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"{path} is not what `headwater audit head --json` prints: {error}") from None

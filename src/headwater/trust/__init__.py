@@ -1,0 +1,1 @@
+"""What makes records believed by those who did not write them."""

@@ -1,0 +1,77 @@
+"""Audit: a copy of every event of some topics, each exactly once, in a chain that shows what was changed.
+
+    trail = Audit("audit", topic="audit.events.trail", of=[users, orders, payments], partitions=4, retention="7y")
+    trail.join(app)
+
+`headwater audit verify` reads the chain, and the events that are still there, with code of its own.
+
+Promise    Every event of the topics has one record in the audit topic, whatever dies when, in the order of its partition. A
+           record that is changed, removed, moved or put in later is found; so is an event that is changed afterwards.
+Not        A chain that is cut off at its end, unless its head was kept elsewhere (`headwater audit head`): nothing in a log says
+           that there was more. Whoever may write the audit topic may go on with the chain: give nobody else the right to.
+Needs      Nothing but Kafka. Without transactions (the embedded broker has none yet) a process that was suspended just while it
+           wrote may leave a copy too many when it wakes; it is no part of the chain, and the verifier counts it apart.
+Proof      tests/trust/test_audit.py
+"""
+
+from collections.abc import Mapping, Sequence
+
+from headwater.event.event import Event
+from headwater.event.topic import Topic
+from headwater.runtime.app import App
+from headwater.runtime.subscription import Runner, Surroundings
+
+
+class InvalidAudit(ValueError):
+    """A declaration that can't work; the message says what to change."""
+
+
+class AuditRecord(Event):
+    """The audit topic's records are copies of other events: this stands for them where a topic is declared."""
+
+    source: str
+
+
+class Audit:
+    def __init__(
+        self,
+        name: str,
+        *,
+        topic: str,
+        of: Sequence[Topic],
+        partitions: int = 1,
+        retention: str | None = None,
+        copies: bool = True,
+    ) -> None:
+        """name: of the group that shows how far it is. partitions: of the audit topic, a chain each; their number stays.
+        retention: at least 90 days, which is what it is when None. copies: False keeps the digests of events alone. Raises
+        InvalidAudit, InvalidTopic."""
+        if not of:
+            raise InvalidAudit(f"the audit {name} is of no topics.")
+        if topic in [each.name for each in of]:
+            raise InvalidAudit(f"{topic} can't be the audit of itself.")
+        self.name = name
+        self.topic = Topic(
+            topic, key="source", events=[AuditRecord], partitions=partitions, retention=retention, class_="audit"
+        )
+        self.of = tuple(of)
+        self.copies = copies
+        self.needs_database = False
+
+    @property
+    def topics(self) -> Sequence[Topic]:
+        return [self.topic, *self.of]
+
+    def join(self, app: App) -> None:
+        """Write it in this application; several processes share the chains. Raises InvalidAudit."""
+        if self.name in [*(handler.group for handler in app.handlers), *(each.name for each in app.beside)]:
+            raise InvalidAudit(f"{app.name} has a group {self.name} already: give the audit another name.")
+        app.run_beside(self)
+
+    def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:
+        """See `headwater.runtime.subscription.Beside`."""
+        from headwater.trust.auditor import Auditor
+
+        auditor = Auditor(self, around)
+        auditor.start()
+        return auditor

@@ -1,0 +1,334 @@
+"""The thread that writes an audit.
+
+The group of its name shares out the partitions of the audit topic; whoever has one writes its chain, of the source partitions
+that belong to it. Where the chain is and how far its sources are audited is committed now and then, in one commit; after a
+crash the records behind it say the rest. With transactions, records and commit are one, and a successor fences off who wrote
+before. Without, who may have lost its partition looks whether the chain still ends where it left it, and begins anew otherwise.
+"""
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+
+from headwater.kafka.admin import AdminError, KafkaAdmin
+from headwater.kafka.consumer import (
+    ConsumerFailed,
+    KafkaConsumer,
+    KafkaException,
+    KafkaReader,
+    Message,
+    TopicPartition,
+    headers_of,
+)
+from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, TransactionalProducer
+from headwater.runtime import crash_point
+from headwater.runtime.subscription import Surroundings
+from headwater.trust.audit import Audit
+from headwater.trust.chain import Head, Link, after, beginning, digest_of, headers_of_link, link_in, place_in
+
+logger = logging.getLogger(__name__)
+
+Place = tuple[str, int]
+
+BATCH = 500
+TURN_SECONDS = 0.1
+TROUBLE_SECONDS = 1.0
+ACK_SECONDS = 30.0
+TAIL_SECONDS = 30.0
+STOP_SECONDS = 10.0
+SAY_SECONDS = 60.0
+SHOW_SECONDS = 2.0
+LOOK_SECONDS = 30.0
+UNSURE_SECONDS = 2.0
+"""Without a word from the group for this long, it may have gone on without us: a third of the session's time-out."""
+KAFKA = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
+ALERT = "audit"
+
+
+class Broken(Exception):
+    """The chain must be looked at anew: somebody else may have written, or we may have without knowing."""
+
+
+def chain_of(place: Place, chains: int) -> int:
+    """The partition of the audit topic that a source partition belongs to, for ever."""
+    digest = hashlib.sha256(f"{place[0]}:{place[1]}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % chains
+
+
+class Chain:
+    """A partition of the audit topic, in the hands of this process."""
+
+    def __init__(
+        self,
+        audit: Audit,
+        partition: int,
+        around: Surroundings,
+        consumer: KafkaConsumer,
+        admin: KafkaAdmin,
+        *,
+        transacts: bool,
+    ) -> None:
+        """Raises NotPublished, AdminError, ConsumerFailed, Broken."""
+        self._audit = audit
+        self._place = (audit.topic.name, partition)
+        self._around = around
+        self._consumer = consumer
+        self._admin = admin
+        self._transactions: TransactionalProducer | None = None
+        self._reader: KafkaReader | None = None
+        self._read: set[Place] = set()
+        """Source partitions that the reader has."""
+        self._next_show = self._next_look = 0.0
+        if transacts:  # first of all: from now on nobody else writes
+            self._transactions = TransactionalProducer(around.settings, f"{audit.name}-{partition}")
+        self._producer = self._transactions or KafkaProducer(around.settings, Profile.THROUGHPUT)
+        try:
+            committed = admin.committed(audit.name)
+            self.positions = {place: each.offset for place, each in committed.items() if place[0] != audit.topic.name}
+            self._head: Head | None = beginning(*self._place)
+            self._next = 0
+            """The offset behind the chain."""
+            found = committed.get(self._place)
+            if found is None and admin.start_offsets([self._place])[self._place] > 0:
+                self._head = None  # what is left has to be believed
+            elif found is not None and found.metadata:
+                sequence, hash_ = found.metadata.split()
+                self._head, self._next = Head(int(sequence), bytes.fromhex(hash_)), found.offset
+            self._read_tail()
+            self.positions = {place: offset for place, offset in self.positions.items() if self._is_ours(place)}
+            self._shown = dict(self.positions)
+            self._reader = KafkaReader(around.settings, {})
+            self._look()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._transactions is not None:
+            self._transactions.abort(1.0)
+        self._producer.close(1.0)
+        if self._reader is not None:
+            self._reader.close()
+
+    def turn(self, is_sure: Callable[[], bool]) -> int:
+        """How many events it has audited. Raises Broken, NotPublished, ConsumerFailed, AdminError."""
+        assert self._reader is not None
+        self._look()
+        records, ended = self._reader.take(BATCH, TURN_SECONDS)
+        if records:
+            self._append(records, is_sure)
+        for place, end in ended.items():
+            self.positions[place] = max(self.positions.get(place, 0), end)
+        self._show()
+        return len(records)
+
+    def _is_ours(self, place: Place) -> bool:
+        names = {topic.name for topic in self._audit.of}
+        return place[0] in names and chain_of(place, self._audit.topic.partitions) == self._place[1]
+
+    def _read_tail(self) -> None:
+        """What was written behind the last commit. Raises ConsumerFailed, Broken."""
+        end = self._admin.end_offsets([self._place])[self._place]
+        start = max(self._next, self._admin.start_offsets([self._place])[self._place])
+        reader = KafkaReader(self._around.settings, {self._place: start})
+        deadline = time.monotonic() + TAIL_SECONDS
+        try:
+            while self._next < end:
+                records, ended = reader.take(BATCH, TURN_SECONDS)
+                for record in records:
+                    self._pass(record)
+                self._next = max(self._next, ended.get(self._place, 0))
+                if records or ended:
+                    deadline = time.monotonic() + TAIL_SECONDS
+                elif time.monotonic() > deadline:
+                    raise Broken(f"{self._place[0]}-{self._place[1]} could not be read to its end")
+        finally:
+            reader.close()
+
+    def _pass(self, record: Message) -> None:
+        self._next = (record.offset() or 0) + 1
+        said = link_in(headers_of(record))
+        if said is None or (self._head is not None and said[1] != after(self._head, said[0])):
+            return  # no part of the chain: see the verifier
+        link, self._head = said
+        topic, partition, offset = place_in(link.source)
+        self.positions[topic, partition] = offset + 1
+
+    def _look(self) -> None:
+        """Now and then: partitions that are new. Raises AdminError."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        assert self._reader is not None
+        counts = self._admin.partition_counts()
+        places = [(topic.name, i) for topic in self._audit.of for i in range(counts.get(topic.name, 0))]
+        new = [place for place in places if self._is_ours(place) and place not in self._read]
+        starts = self._admin.start_offsets([place for place in new if place not in self.positions])
+        for place in new:
+            self.positions.setdefault(place, starts.get(place, 0))
+            self._reader.add(*place, self.positions[place])
+            self._read.add(place)
+
+    def _append(self, records: Sequence[Message], is_sure: Callable[[], bool]) -> None:
+        topic, partition = self._place
+        head, positions = self._head or beginning(*self._place), dict(self.positions)
+        if self._transactions is not None:
+            self._transactions.begin()
+        elif not is_sure() or self._end() != self._next:
+            raise Broken("another process may be writing the chain")
+        acknowledged: list[Future[Acknowledged]] = []
+        for record in records:
+            place, offset = (record.topic() or "", record.partition() or 0), record.offset() or 0
+            headers = headers_of(record)
+            key, value = record.key(), record.value()
+            link = Link(f"{place[0]}:{place[1]}:{offset}", record.timestamp()[1], digest_of(key, value, headers))
+            head = after(head, link)
+            kept = [*headers, *headers_of_link(link, head)] if self._audit.copies else headers_of_link(link, head)
+            future: Future[Acknowledged] = Future()
+            acknowledged.append(future)
+            self._producer.send(
+                topic, key if self._audit.copies else None, value if self._audit.copies else None, kept,
+                lambda result, future=future: _settle(future, result), partition=partition,  # type: ignore[misc]
+            )  # fmt: skip
+            positions[place] = offset + 1
+        crash_point.reached("audit_sent")
+        deadline = time.monotonic() + ACK_SECONDS
+        offset = self._next - 1
+        for future in acknowledged:
+            offset = future.result(max(0.0, deadline - time.monotonic())).offset
+        crash_point.reached("audit_acknowledged")
+        self._commit(positions, head, offset + 1)
+        self._head, self._next, self.positions = head, offset + 1, positions
+        crash_point.reached("audit_committed")
+
+    def _commit(self, positions: Mapping[Place, int], head: Head, end: int) -> None:
+        """Raises NotPublished. Without transactions a commit that fails is made up for by the next one."""
+        places = [TopicPartition(*place, offset) for place, offset in positions.items()]
+        places.append(TopicPartition(*self._place, end, str(head)))
+        if self._transactions is not None:
+            self._transactions.commit(places, self._consumer.group_metadata(), ACK_SECONDS)
+        else:
+            self._consumer.commit_now(places)
+        self._shown = dict(positions)
+
+    def _show(self) -> None:
+        """How far it has read where nothing was to be audited, such as a transaction's markers."""
+        if self.positions == self._shown or time.monotonic() < self._next_show:
+            return
+        self._next_show = time.monotonic() + SHOW_SECONDS
+        self._consumer.commit_now([TopicPartition(*place, offset) for place, offset in self.positions.items()])
+        self._shown = dict(self.positions)
+
+    def _end(self) -> int:
+        try:
+            return self._consumer.end_offset(*self._place)
+        except KafkaException as error:
+            raise Broken(error.args[0].str()) from None
+
+
+class Auditor:
+    def __init__(self, audit: Audit, around: Surroundings) -> None:
+        kafka = {**KAFKA, **around.settings.kafka}
+        self._audit = audit
+        self._around = around._replace(settings=replace(around.settings, kafka=kafka))
+        self._admin = KafkaAdmin(around.settings)
+        self._stopped = threading.Event()
+        self._chains: dict[int, Chain | None] = {}
+        """Those that are ours; None until it is read where they are."""
+        self._transacts: bool | None = None
+        self._turned = 0.0
+        self._said, self._next_say = "", 0.0
+        self._thread = threading.Thread(target=self._run, name=f"audit-{audit.name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(STOP_SECONDS)
+
+    def is_done(self, ends: Mapping[Place, int]) -> bool:
+        """Raises AdminError."""
+        committed = self._admin.committed(self._audit.name)
+        names = {topic.name for topic in self._audit.of}
+        return all(
+            place in committed and committed[place].offset >= end for place, end in ends.items() if place[0] in names
+        )
+
+    def _run(self) -> None:
+        consumer = KafkaConsumer(self._around.settings, self._audit.name, "classic")
+
+        def assigned(places: list[TopicPartition]) -> None:
+            consumer.begin_at_committed(places, self._stopped.is_set)
+            self._chains.update(dict.fromkeys(place.partition for place in places))
+
+        def gone(places: list[TopicPartition]) -> None:
+            for place in places:
+                self._give_up(place.partition)
+                self._chains.pop(place.partition, None)
+
+        consumer.subscribe([self._audit.topic.name], assigned, gone, gone)
+        while not self._stopped.is_set():
+            try:
+                consumer.poll_paused(0.0 if any(self._chains.values()) else TURN_SECONDS)
+                self._turned = time.monotonic()
+                for partition in list(self._chains):
+                    self._turn(partition, consumer)
+            except ConsumerFailed as error:
+                self._trouble(str(error))
+            except Exception:
+                logger.exception("audit_failed name=%s", self._audit.name)
+                self._stopped.wait(TROUBLE_SECONDS)
+        for partition in self._chains:
+            self._give_up(partition)
+        consumer.close()
+
+    def _turn(self, partition: int, consumer: KafkaConsumer) -> None:
+        try:
+            chain = self._chains[partition]
+            if chain is None:
+                chain = self._chains[partition] = Chain(
+                    self._audit, partition, self._around, consumer, self._admin, transacts=self._can_transact()
+                )
+            chain.turn(lambda: time.monotonic() - self._turned < UNSURE_SECONDS)
+            self._around.alerts.recovered(ALERT, f"{self._audit.name}-{partition}", self._audit.topic.name)
+        except (Broken, NotPublished, ConsumerFailed, AdminError, TimeoutError) as error:
+            self._give_up(partition)
+            self._trouble(f"partition {partition}: {error}")
+            self._around.alerts.raised(ALERT, f"{self._audit.name}-{partition}", self._audit.topic.name, str(error))
+
+    def _give_up(self, partition: int) -> None:
+        """It is begun anew, if it is still ours."""
+        chain = self._chains.get(partition)
+        if chain is not None:
+            self._chains[partition] = None
+            chain.close()
+
+    def _can_transact(self) -> bool:
+        """Whether the cluster has transactions."""
+        if self._transacts is None:
+            try:
+                TransactionalProducer(self._around.settings, f"{self._audit.name}-probe").close(1.0)
+                self._transacts = True
+            except NotPublished as error:
+                logger.info("audit_without_transactions name=%s reason=%s", self._audit.name, error)
+                self._transacts = False
+        return self._transacts
+
+    def _trouble(self, error: str) -> None:
+        """It is logged when it is another than the last one, and once a minute."""
+        if error != self._said or time.monotonic() >= self._next_say:
+            self._said, self._next_say = error, time.monotonic() + SAY_SECONDS
+            logger.error("audit_waits name=%s error=%s", self._audit.name, error)
+        self._stopped.wait(TROUBLE_SECONDS)
+
+
+def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:
+    if isinstance(result, NotPublished):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

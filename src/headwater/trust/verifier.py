@@ -1,0 +1,192 @@
+"""Whether an audit topic is what was written: read by code that shares nothing with what wrote it.
+
+The format is that of `headwater.trust.chain`, put down here once more, so that a mistake there is not made here too. What a
+record says of itself is believed as far as the next one confirms it: one fault is reported once, and what follows is checked on.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+MOST_GONE = 100_000
+"""Records of one gap whose numbers are remembered, in case they come later."""
+
+Headers = Sequence[tuple[str, bytes | str | None]]
+
+
+class Fault(StrEnum):
+    CHANGED = "changed"
+    """A record, or its place in the chain, is not what was written."""
+    MISSING = "missing"
+    """Records between two others are gone."""
+    MOVED = "moved"
+    """A record stands behind one that came after it."""
+    INSERTED = "inserted"
+    """A record that is no part of the chain."""
+    NOT_AUDITED = "not audited"
+    """An event that has no record."""
+    HEAD = "head"
+    """The chain doesn't have what it had when its head was kept."""
+
+
+class Finding(NamedTuple):
+    partition: int
+    offset: int
+    """Of the audit topic; for what is not there, of what comes next. Of the source, for events."""
+    fault: Fault
+    detail: str
+
+
+class Verifier:
+    """Of one partition of an audit topic; `feed` it from its first record on."""
+
+    def __init__(self, topic: str, partition: int, *, is_whole: bool = True) -> None:
+        """is_whole: the partition has its first record still; else the first one there is believed."""
+        self.partition = partition
+        self.findings: list[Finding] = []
+        self.records = 0
+        self.spare = 0
+        """Copies too many, of a writer that was suspended: no part of the chain, and of events that are in it."""
+        self.sequence = 0
+        self._hashes = {hashlib.sha256(f"headwater audit 1 {topic} {partition}".encode()).hexdigest()}
+        """What may be the hash of the last record: what it says, and what it should be where that differs; none: anything."""
+        self.events: dict[tuple[str, int], dict[int, str]] = {}
+        """The digests by offset, of each topic and partition."""
+        self._believes = not is_whole
+        self._gone: set[int] = set()
+        self._at = 0
+        self._kept: dict[int, str] = {}
+
+    def expect(self, sequence: int, hash_: str) -> None:
+        """The chain must go through here."""
+        self._kept[sequence] = hash_
+
+    @property
+    def hash(self) -> str:
+        """Of the chain up to here, if there are no findings."""
+        return next(iter(self._hashes), "")
+
+    def feed(self, offset: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
+        self._at = offset
+        said = {name[16:]: str(_text(content)) for name, content in headers if name.startswith("headwater-audit-")}
+        own = [(name, content) for name, content in headers if not name.startswith("headwater-audit-")]
+        if not said:
+            self._find(Fault.INSERTED, "it is no audit record")
+            return
+        self.records += 1
+        try:
+            sequence, hash_, digest = int(said["sequence"]), said["hash"], said["digest"]
+            bytes.fromhex(hash_)
+            topic, partition, source_offset = said["source"].rsplit(":", 2)
+            event = (topic, int(partition), int(source_offset))
+            rest = f" {said['source']} {said['time']} {digest}"
+        except (KeyError, ValueError):
+            self._find(Fault.CHANGED, "what it says of itself can't be read")
+            self.sequence, self._hashes = self.sequence + 1, set()
+            return
+        is_copy = key is not None or value is not None or bool(own)
+        is_changed = is_copy and _digest(key, value, own) != digest
+        if is_changed:
+            self._find(Fault.CHANGED, f"record {sequence}: the event of {said['source']} is not what was audited")
+        if self._believes:
+            self._believes = False
+            self._go_on(sequence, {hash_}, event, digest)
+            return
+        wanted = self.sequence + 1
+        hashes = {
+            hashlib.sha256(bytes.fromhex(before) + f"{wanted}{rest}".encode()).hexdigest() for before in self._hashes
+        }
+        if not hashes or hash_ in hashes:
+            if sequence != wanted:
+                self._find(Fault.CHANGED, f"record {wanted}: it says that it is record {sequence}")
+            self._go_on(wanted, {hash_}, event, digest)
+        elif sequence < wanted:
+            self._judge_late(sequence, event, digest)
+        elif sequence == wanted:
+            if not is_changed:
+                self._find(Fault.CHANGED, f"record {sequence}: what it says, or its hash, is not what was written")
+            self._go_on(sequence, {hash_, *hashes}, None if not is_changed else event, digest)
+        else:
+            self._gone.update(range(wanted, min(sequence, wanted + MOST_GONE)))
+            self._find(
+                Fault.MISSING,
+                f"record {wanted}" if wanted == sequence - 1 else f"records {wanted} to {sequence - 1}",
+            )
+            self._go_on(sequence, {hash_}, event, digest)
+
+    def _go_on(self, sequence: int, hashes: set[str], event: tuple[str, int, int] | None, digest: str) -> None:
+        """event: None when it is not sure whose record it is."""
+        self.sequence, self._hashes = sequence, hashes
+        if self._kept.get(sequence, self.hash) not in hashes:
+            self._find(Fault.HEAD, f"record {sequence} had another hash when its head was kept")
+        if event is not None:
+            self._note(event, digest)
+
+    def end(self) -> None:
+        """All was fed."""
+        for sequence in self._kept:
+            if sequence > self.sequence:
+                self._find(
+                    Fault.HEAD, f"the chain ends at record {self.sequence}, and went to {sequence}: its end is cut off"
+                )
+
+    def _judge_late(self, sequence: int, event: tuple[str, int, int], digest: str) -> None:
+        if sequence in self._gone:
+            self._gone.discard(sequence)
+            self._find(Fault.MOVED, f"record {sequence} stands behind record {self.sequence}")
+            self._note(event, digest)
+        elif self.events.get(event[:2], {}).get(event[2]) == digest:
+            self.spare += 1
+        else:
+            self._find(Fault.INSERTED, f"it says that it is record {sequence}, which there is")
+
+    def _note(self, event: tuple[str, int, int], digest: str) -> None:
+        known = self.events.setdefault(event[:2], {})
+        if event[2] in known:
+            self._find(Fault.INSERTED, f"the event of {event[0]}:{event[1]}:{event[2]} is in the chain twice")
+        known[event[2]] = digest
+
+    def _find(self, fault: Fault, detail: str) -> None:
+        self.findings.append(Finding(self.partition, self._at, fault, detail))
+
+
+def judge_event(
+    verifiers: Sequence[Verifier],
+    topic: str,
+    partition: int,
+    offset: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: Headers,
+) -> Finding | None:
+    """What is wrong with an event of a topic that is audited."""
+    for each in verifiers:
+        digest = each.events.get((topic, partition), {}).get(offset)
+        if digest is not None:
+            if digest == _digest(key, value, headers):
+                return None
+            return Finding(
+                partition, offset, Fault.CHANGED, f"the event of {topic}:{partition}:{offset} was changed since"
+            )
+    return Finding(partition, offset, Fault.NOT_AUDITED, f"the event of {topic}:{partition}:{offset} has no record")
+
+
+def _digest(key: bytes | None, value: bytes | None, headers: Headers) -> str:
+    sha = hashlib.sha256()
+    for field in (key, value):
+        _add(sha, field)
+    sha.update(len(headers).to_bytes(4, "big"))
+    for name, content in headers:
+        _add(sha, name.encode())
+        _add(sha, content.encode() if isinstance(content, str) else content)
+    return sha.hexdigest()
+
+
+def _add(sha: "hashlib._Hash", field: bytes | None) -> None:
+    sha.update((-1 if field is None else len(field)).to_bytes(4, "big", signed=True))
+    sha.update(field or b"")
+
+
+def _text(content: bytes | str | None) -> str | None:
+    return content.decode("utf-8", "replace") if isinstance(content, bytes) else content
