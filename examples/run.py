@@ -13,7 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
-APPS = {"shop": ["orders", "inventory", "warehouse", "notifications", "loyalty", "analytics", "invoices"]}
+from examples.shop.web import PORTS
+
+APPS = {
+    "shop": [
+        "orders", "users", "catalog", "carts", "inventory", "payments", "shipping", "warehouse", "notifications", "loyalty",
+        "analytics", "invoices", "history", "audit",
+    ]
+}  # fmt: skip
+WEB = {"shop": PORTS}
 START_SECONDS = 60.0
 
 
@@ -40,9 +48,16 @@ class Run:
         self.example = example
         self.folder = tempfile.TemporaryDirectory(prefix=f"headwater-{example}-")
         self.data = Path(self.folder.name)
-        self.web_port = free_port(8000, "the order service")
-        self.url = f"http://127.0.0.1:{self.web_port}"
-        self._environment = {**os.environ, "SHOP_PORT": str(self.web_port), **(environment or {})}
+        self.ports = {name: free_port(port, name) for name, port in WEB[example].items()}
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
+        self.web_port = self.ports["orders"]
+        self.url = self.urls["orders"]
+        payment_port = free_port(8090, "the payment gateway")
+        self.urls["payment-gateway"] = f"http://127.0.0.1:{payment_port}"
+        self._environment = {
+            **os.environ, **{f"SHOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()},
+            "SHOP_PAYMENT_URL": self.urls["payment-gateway"], **(environment or {}),
+        }  # fmt: skip
         self._environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
         self._cluster = None
         if engine == "embedded":
@@ -58,19 +73,23 @@ class Run:
         command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), "--no-registry", *where]
         for name in APPS[example]:
             command += ["--app", f"examples.{example}.{name}:app"]
+        gateway = [sys.executable, "-m", "examples._outside.payment", "--port", str(payment_port)]
+        self.gateway = subprocess.Popen(gateway, env=self._environment, start_new_session=True)
         self.supervisor = subprocess.Popen(command, env=self._environment, start_new_session=True)
 
     def wait_ready(self) -> None:
-        """Until the order service answers."""
+        """Until every service with a web side answers, and the gateway."""
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.web_port), 1).close()
-                return
-            except OSError:
-                if self.supervisor.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the example did not start; what it printed is above") from None
-                time.sleep(0.05)
+        for url in self.urls.values():
+            port = int(url.rpartition(":")[2])
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                except OSError:
+                    if self.supervisor.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError("the example did not start; what it printed is above") from None
+                    time.sleep(0.05)
 
     def control(self, action: str, name: str) -> None:
         """`headwater up stop|start NAME`."""
@@ -82,6 +101,8 @@ class Run:
         if self.supervisor.poll() is None:
             self.supervisor.send_signal(signal.SIGTERM)
         code = self.supervisor.wait(60)
+        self.gateway.terminate()
+        self.gateway.wait(10)
         if self._cluster is not None:
             self._cluster.stop()
         self.folder.cleanup()

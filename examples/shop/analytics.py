@@ -4,7 +4,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from examples.shop.domain import OrderCreated, orders
 from examples.shop.effects import add_to, insert_once_sync
-from headwater import App, UnitOfWork
+from headwater import App, Tier, UnitOfWork
 
 app = App("analytics-service")
 metadata = MetaData()
@@ -29,7 +29,7 @@ async def create_tables() -> None:
     metadata.create_all(app.database.engine)
 
 
-@app.handler(orders, group="analytics-pipeline")
+@app.handler(orders, group="analytics-pipeline", tier=Tier(target="24h", alarm="1h"))
 def count_order(event: OrderCreated, uow: UnitOfWork) -> None:
     session = uow.sync_session
     day = event.ordered_on.isoformat()

@@ -37,9 +37,7 @@ def body(purchase: Purchase, payment_token: str = "card") -> dict[str, object]:
         "orderId": purchase.order_id,
         "customerId": purchase.customer_id,
         "orderedOn": purchase.day.isoformat(),
-        "sku": purchase.sku,
-        "quantity": purchase.cds,
-        "amountCents": purchase.amount_cents,
+        "lines": [{"sku": purchase.sku, "quantity": purchase.cds, "amountCents": purchase.amount_cents}],
         "paymentToken": payment_token,
     }
 

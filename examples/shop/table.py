@@ -15,18 +15,21 @@ from rich.table import Table
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from headwater import Settings
+from examples.shop.domain import orders, payments, reserved
+from headwater import Settings, Topic
 from headwater.kafka.admin import AdminError, KafkaAdmin
 
 SERVICES = {
-    # name: (table, group)
-    "orders": ("orders", None),
-    "inventory": ("reservations", "inventory-reservation"),
-    "warehouse": ("shipments", "warehouse-fulfillment"),
-    "notifications": ("notices", "customer-notifications"),
-    "loyalty": ("awards", "loyalty-points"),
-    "analytics": ("facts", "analytics-pipeline"),
-    "invoices": ("invoices", "invoice-generation"),
+    # name: (table, group, the topic that it reads)
+    "orders": ("orders", None, None),
+    "inventory": ("reservations", "inventory-reservation", orders),
+    "payments": ("payments", "payment-capture", reserved),
+    "shipping": ("parcels", "shipping-fulfillment", payments),
+    "warehouse": ("shipments", "warehouse-fulfillment", orders),
+    "notifications": ("notices", "customer-notifications", orders),
+    "loyalty": ("awards", "loyalty-points", orders),
+    "analytics": ("facts", "analytics-pipeline", orders),
+    "invoices": ("invoices", "invoice-generation", orders),
 }
 REFRESH_SECONDS = 1.0
 
@@ -43,9 +46,9 @@ def collect(data: Path, servers: str) -> list[Row]:
     """One row a service, in the order of SERVICES."""
     admin = KafkaAdmin(Settings(servers))
     rows = []
-    for name, (table, group) in SERVICES.items():
+    for name, (table, group, topic) in SERVICES.items():
         count, amount = _effects(data / f"{name}.db", table)
-        rows.append(Row(name, count, amount, _lag(admin, group) if group else None))
+        rows.append(Row(name, count, amount, _lag(admin, group, topic) if group and topic else None))
     return rows
 
 
@@ -65,12 +68,10 @@ def _effects(path: Path, table: str) -> tuple[int, int]:
         engine.dispose()
 
 
-def _lag(admin: KafkaAdmin, group: str) -> int:
-    from examples.shop.domain import orders
-
+def _lag(admin: KafkaAdmin, group: str, topic: Topic) -> int:
     try:
         committed = admin.committed(group)
-        places = [(orders.name, index) for index in range(orders.partitions)]
+        places = [(topic.name, index) for index in range(topic.partitions)]
         ends = admin.end_offsets(places)
     except AdminError:
         return 0

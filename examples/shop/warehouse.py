@@ -4,7 +4,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from examples.shop.domain import OrderCreated, orders
 from examples.shop.effects import insert_once
-from headwater import App, UnitOfWork
+from headwater import App, Tier, UnitOfWork
 
 app = App("warehouse-service")
 metadata = MetaData()
@@ -24,7 +24,7 @@ async def create_tables() -> None:
         await connection.run_sync(metadata.create_all)
 
 
-@app.handler(orders, group="warehouse-fulfillment")
+@app.handler(orders, group="warehouse-fulfillment", tier=Tier(target="5m", alarm="10m"))
 async def create_shipment(event: OrderCreated, uow: UnitOfWork) -> None:
     line = event.lines[0]
     await insert_once(

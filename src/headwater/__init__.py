@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from headwater.domain.projection import Projection
     from headwater.domain.saga import Saga
     from headwater.domain.saga_decision import Step
-    from headwater.event.envelope import Envelope, Metadata
+    from headwater.event.envelope import Envelope, IdempotencyKey, Metadata
     from headwater.event.event import Event, Tombstone
     from headwater.event.topic import Topic
     from headwater.kafka.producer import NotPublished, Profile
@@ -33,6 +33,7 @@ PUBLIC = {
     "Database": "headwater.store.database",
     "Envelope": "headwater.event.envelope",
     "Event": "headwater.event.event",
+    "IdempotencyKey": "headwater.event.envelope",
     "Metadata": "headwater.event.envelope",
     "NotPublished": "headwater.kafka.producer",
     "Outbox": "headwater.store.outbox",
@@ -56,6 +57,7 @@ __all__ = [
     "Database",
     "Envelope",
     "Event",
+    "IdempotencyKey",
     "Metadata",
     "NotPublished",
     "Outbox",

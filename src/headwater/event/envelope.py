@@ -36,6 +36,13 @@ class Envelope(msgspec.Struct, frozen=True, rename="camel"):
     metadata: Metadata = Metadata()
 
 
+class IdempotencyKey(str):
+    """What a service outside is to know a handler's call by: the same at each attempt, redrive and replay of an event, and
+    another for each group."""
+
+    __slots__ = ()
+
+
 class Cause(NamedTuple):
     """What is being handled now: an event or a web request."""
 

@@ -107,6 +107,7 @@ class App:
         self._web: tuple[AsgiApp, str, int] | None = None
         self._producer: KafkaProducer | None = None
         self._loop_producer: LoopProducer | None = None
+        self._admin: KafkaAdmin | None = None
         self._relay: Relay | None = None
         self._timers: Timers | None = None
         self._users = 0
@@ -203,6 +204,35 @@ class App:
     def web(self, asgi: AsgiApp, *, host: str = "127.0.0.1", port: int = 8000) -> None:
         """Serve an ASGI application in the same process, with correlation ids (needs headwater[web])."""
         self._web = (CorrelationMiddleware(asgi), host, port)
+
+    async def check(self, seconds: float = 2.0) -> dict[str, str]:
+        """What it needs, each `ok` or what is wrong with it: for `/ready`. A process whose broker is away still answers what it
+        can from its database: that is `/health`."""
+        loop = asyncio.get_running_loop()
+        checks = {"kafka": loop.run_in_executor(None, self._check_kafka, seconds)}
+        if self._database is not None:
+            checks["database"] = loop.run_in_executor(None, self._check_database)
+        found = {}
+        for name, future in checks.items():
+            try:
+                await asyncio.wait_for(future, seconds + 1)
+                found[name] = "ok"
+            except Exception as error:  # whatever its driver raises
+                found[name] = (str(error) or f"no answer within {seconds:.0f} s").splitlines()[0]
+        return found
+
+    def _check_kafka(self, seconds: float) -> None:
+        """Raises AdminError."""
+        if self._admin is None:
+            self._admin = KafkaAdmin(self.settings)
+        self._admin.check_reachable(seconds)
+
+    def _check_database(self) -> None:
+        connection = self.database.engine.raw_connection()  # outside any transaction: SQLite's would wait for writers
+        try:
+            connection.cursor().execute("SELECT 1")
+        finally:
+            connection.close()
 
     # Publishing
 

@@ -68,7 +68,7 @@ class Calls:
         self.begin = effects.begin
         self._is_transactional = handler.delivery is Delivery.EXACTLY_ONCE
         self._has_inbox = handler.delivery is Delivery.EFFECTIVELY_ONCE
-        self._is_plain = handler.uow_parameter is None and handler.envelope_parameter is None and not handler.batch
+        self._is_plain = handler.uow_parameter is None and not handler.arguments_of_event and not handler.batch
 
     async def _decode_after(self, missing: SchemaMissing, event: Received) -> Envelope:
         """Raises RegistryUnreachable, Unknown, Undecodable."""

@@ -4,9 +4,10 @@
     async def reserve_stock(event: OrderCreated, uow: UnitOfWork) -> StockReserved | None: ...
 
 The first parameter's type says which events it is for: one class, or a union; events of other types in the topic are
-skipped. A parameter annotated UnitOfWork gets one around the call, one annotated Envelope the event's envelope. What
-the handler returns is published: through the outbox with a unit of work, else acknowledged before the event counts as
-handled. Sync functions run in a thread.
+skipped. A parameter annotated UnitOfWork gets one around the call, one annotated Envelope the event's envelope, one
+annotated IdempotencyKey the key by which services outside shall know the call. What the handler returns is published:
+through the outbox with a unit of work, else acknowledged before the event counts as handled. Sync functions run in a
+thread.
 
 A first parameter `list[OrderCreated]` makes it a batch handler: it returns None when all are handled, or one outcome for
 each: None, an event to publish, or an exception.
@@ -19,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.event.envelope import Envelope
+from headwater.event.envelope import Envelope, IdempotencyKey
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
 from headwater.runtime.assignment import Policy
@@ -85,6 +86,7 @@ class Handler:
         self.is_async = _is_async(function)
         self.uow_parameter: str | None = None
         self.envelope_parameter: str | None = None
+        self.key_parameter: str | None = None
         self.returns: list[type] = []
         """The event classes that it says it returns."""
         self.classes = self._inspect()
@@ -163,12 +165,19 @@ class Handler:
                 f"the handler {self.name} is exactly_once, which needs a retry policy: retry=Retry(...)."
             )
 
+    @property
+    def arguments_of_event(self) -> bool:
+        """Whether it takes more of an event than its data."""
+        return self.envelope_parameter is not None or self.key_parameter is not None
+
     def arguments(self, envelope: Envelope, uow: UnitOfWork | None) -> dict[str, object]:
         extra: dict[str, object] = {}
         if self.uow_parameter is not None:
             extra[self.uow_parameter] = uow
         if self.envelope_parameter is not None:
             extra[self.envelope_parameter] = envelope
+        if self.key_parameter is not None:
+            extra[self.key_parameter] = IdempotencyKey(f"{self.group}:{envelope.event_id}")
         return extra
 
     def _inspect(self) -> Sequence[type]:
@@ -191,10 +200,12 @@ class Handler:
                 self.uow_parameter = name
             elif hints.get(name) is Envelope and not self.batch:
                 self.envelope_parameter = name
+            elif hints.get(name) is IdempotencyKey and not self.batch:
+                self.key_parameter = name
             else:
                 raise InvalidHandler(
                     f"the handler {self.name} has the parameter {name!r}, which nothing is known for: annotate it with "
-                    "UnitOfWork or Envelope, or leave it out."
+                    "UnitOfWork, Envelope or IdempotencyKey, or leave it out."
                 )
         self.returns = [
             cls

@@ -312,7 +312,8 @@ class Auditor:
         """Whether the cluster has transactions."""
         if self._transacts is None:
             try:
-                TransactionalProducer(self._around.settings, f"{self._audit.name}-probe").close(1.0)
+                quiet = replace(self._around.settings, kafka={**self._around.settings.kafka, "log_level": "0"})
+                TransactionalProducer(quiet, f"{self._audit.name}-probe").close(1.0)
                 self._transacts = True
             except NotPublished as error:
                 logger.info("audit_without_transactions name=%s reason=%s", self._audit.name, error)

@@ -1,0 +1,47 @@
+"""What the services' web sides share: where they listen, and health apart from readiness."""
+
+import os
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from headwater import App
+
+PORTS = {"orders": 8000, "users": 8001, "catalog": 8002, "carts": 8003, "inventory": 8004, "history": 8005}
+
+
+def serve(app: App, service: str, routes: Sequence[Route]) -> Starlette:
+    """Served with the application's handlers; `SHOP_<SERVICE>_PORT` says where, else PORTS."""
+
+    async def health(request: Request) -> JSONResponse:
+        """The process answers; its database is enough for that."""
+        return JSONResponse({"status": "up"})
+
+    async def ready(request: Request) -> JSONResponse:
+        """Everything it needs is there."""
+        found = await app.check()
+        return JSONResponse(found, 200 if set(found.values()) == {"ok"} else 503)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> Any:
+        async with app.lifespan():
+            yield
+
+    web = Starlette(routes=[*routes, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
+    app.web(web, port=int(os.environ.get(f"SHOP_{service.upper()}_PORT", PORTS[service])))
+    return web
+
+
+async def body_of(request: Request, cls: type[Any]) -> Any:
+    """Raises MsgspecError."""
+    return msgspec.json.decode(await request.body(), type=cls)
+
+
+def refused(error: Exception) -> JSONResponse:
+    return JSONResponse({"error": f"the request can't be read: {error}"}, 422)
