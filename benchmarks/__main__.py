@@ -1,8 +1,8 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats|projections` for one part."""
+"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats|outbox|projections` for one part."""
 
 import sys
 
-from benchmarks import app, broker, delivery, formats, projections, registry
+from benchmarks import app, broker, delivery, formats, outbox, projections, registry
 
 PARTS = {
     "broker": broker.run,
@@ -10,6 +10,7 @@ PARTS = {
     "delivery": delivery.run,
     "registry": registry.run,
     "formats": formats.run,
+    "outbox": outbox.run,
     "projections": projections.run,
 }
 

@@ -12,16 +12,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-from examples.shop.web import PORTS
+from typing import Any
 
 APPS = {
     "shop": [
         "orders", "users", "catalog", "carts", "inventory", "payments", "shipping", "warehouse", "notifications", "loyalty",
         "analytics", "invoices", "history", "audit",
-    ]
+    ],
+    "booking": ["bookings", "availability", "search", "notifications"],
 }  # fmt: skip
-WEB = {"shop": PORTS}
+WEB = {
+    # the service, with the variable that tells it where to listen, and where it would otherwise; the first is the one to ask
+    "shop": {
+        "orders": ("SHOP_ORDERS_PORT", 8000), "users": ("SHOP_USERS_PORT", 8001), "catalog": ("SHOP_CATALOG_PORT", 8002),
+        "carts": ("SHOP_CARTS_PORT", 8003), "inventory": ("SHOP_INVENTORY_PORT", 8004), "history": ("SHOP_HISTORY_PORT", 8005),
+    },
+    "booking": {"bookings": ("BOOKING_PORT", 8000), "search": ("SEARCH_PORT", 8001)},
+}  # fmt: skip
 START_SECONDS = 60.0
 
 
@@ -41,25 +48,81 @@ def free_port(wanted: int, who: str) -> int:
     raise OSError("no port is free")
 
 
+class Outside:
+    """What an example needs that is not of its making, and where it is."""
+
+    def __init__(self, example: str, environment: dict[str, str]) -> None:
+        """environment: of everything that is started."""
+        self.urls: dict[str, str] = {}
+        self.environment: dict[str, str] = {}
+        """What the applications are told."""
+        self._given = environment
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._servers: list[Any] = []
+        if example == "shop":
+            port = free_port(8090, "the payment gateway")
+            self.urls["payment-gateway"] = self.environment["SHOP_PAYMENT_URL"] = f"http://127.0.0.1:{port}"
+            self._start("payment", "--port", str(port))
+        else:
+            self._start_booking()
+
+    def _start_booking(self) -> None:
+        from tests.kit import install
+        from tests.kit.opensearch import OpenSearchServer
+        from tests.kit.redis import RedisServer
+
+        install.install_packages()
+        install.install_opensearch()
+        sms, smtp, mails = (free_port(port, who) for port, who in ((8091, "SMS"), (2525, "SMTP"), (8092, "mails")))
+        self._start("sms", "--port", str(sms))
+        self._start("mail", "--port", str(smtp), "--http-port", str(mails))
+        self.urls.update({"sms": f"http://127.0.0.1:{sms}", "mails": f"http://127.0.0.1:{mails}"})
+        redis, search = RedisServer(), OpenSearchServer()
+        self._servers += [redis, search]
+        redis.start()
+        search.start()
+        self.urls["opensearch"] = search.url
+        self.redis_url = redis.url
+        self.environment.update({
+            "BOOKING_REDIS_URL": redis.url, "BOOKING_OPENSEARCH_URL": search.url, "BOOKING_SMS_URL": self.urls["sms"],
+            "BOOKING_SMTP_URL": f"smtp://127.0.0.1:{smtp}",
+        })  # fmt: skip
+
+    def _start(self, name: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", f"examples._outside.{name}", *arguments]
+        self._processes.append(subprocess.Popen(command, env=self._given, start_new_session=True))
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.wait(10)
+        for server in self._servers:
+            server.stop()
+
+
 class Run:
     """The processes of one run, in a directory that goes when they go."""
 
-    def __init__(self, example: str, engine: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, example: str, engine: str, environment: dict[str, str] | None = None, kafka: dict[str, str] | None = None
+    ) -> None:
+        """kafka: settings of the Kafka nodes."""
         self.example = example
         self.folder = tempfile.TemporaryDirectory(prefix=f"headwater-{example}-")
         self.data = Path(self.folder.name)
-        self.ports = {name: free_port(port, name) for name, port in WEB[example].items()}
-        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
-        self.web_port = self.ports["orders"]
-        self.url = self.urls["orders"]
-        payment_port = free_port(8090, "the payment gateway")
-        self.urls["payment-gateway"] = f"http://127.0.0.1:{payment_port}"
-        self._environment = {
-            **os.environ, **{f"SHOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()},
-            "SHOP_PAYMENT_URL": self.urls["payment-gateway"], **(environment or {}),
-        }  # fmt: skip
-        self._environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
-        self._cluster = None
+        ports = {name: (variable, free_port(port, name)) for name, (variable, port) in WEB[example].items()}
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, (_, port) in ports.items()}
+        self.url = next(iter(self.urls.values()))
+        self.environment = {
+            **os.environ,
+            **{variable: str(port) for variable, port in ports.values()},
+            **(environment or {}),
+        }
+        self.environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
+        self.outside = Outside(example, self.environment)
+        self.environment.update(self.outside.environment)
+        self.urls.update(self.outside.urls)
+        self.cluster: Any = None
         if engine == "embedded":
             port = free_port(9092, "the broker")
             self.servers = f"127.0.0.1:{port}"
@@ -67,18 +130,16 @@ class Run:
         else:
             from tests.kit.kafka import KafkaCluster
 
-            self._cluster = KafkaCluster(nodes=3 if engine == "kafka3" else 1).start()
-            self.servers = self._cluster.bootstrap_servers
+            self.cluster = KafkaCluster(nodes=3 if engine == "kafka3" else 1, settings=kafka or {}).start()
+            self.servers = self.cluster.bootstrap_servers
             where = ["--bootstrap-servers", self.servers]
         command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), "--no-registry", *where]
         for name in APPS[example]:
             command += ["--app", f"examples.{example}.{name}:app"]
-        gateway = [sys.executable, "-m", "examples._outside.payment", "--port", str(payment_port)]
-        self.gateway = subprocess.Popen(gateway, env=self._environment, start_new_session=True)
-        self.supervisor = subprocess.Popen(command, env=self._environment, start_new_session=True)
+        self.supervisor = subprocess.Popen(command, env=self.environment, start_new_session=True)
 
     def wait_ready(self) -> None:
-        """Until every service with a web side answers, and the gateway."""
+        """Until every service with a web side answers, and what is outside."""
         deadline = time.monotonic() + START_SECONDS
         for url in self.urls.values():
             port = int(url.rpartition(":")[2])
@@ -94,17 +155,16 @@ class Run:
     def control(self, action: str, name: str) -> None:
         """`headwater up stop|start NAME`."""
         command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), action, name]
-        subprocess.run(command, check=True, env=self._environment, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL)
 
     def stop(self) -> int:
         """The supervisor's exit code."""
         if self.supervisor.poll() is None:
             self.supervisor.send_signal(signal.SIGTERM)
         code = self.supervisor.wait(60)
-        self.gateway.terminate()
-        self.gateway.wait(10)
-        if self._cluster is not None:
-            self._cluster.stop()
+        self.outside.stop()
+        if self.cluster is not None:
+            self.cluster.stop()
         self.folder.cleanup()
         return code
 
@@ -120,14 +180,16 @@ def main() -> None:
     children: list[subprocess.Popen[bytes]] = []
     try:
         run.wait_ready()
-        print(
-            f"broker {run.servers}   order service {run.url}   data {run.data}   (Ctrl-C stops everything)", flush=True
-        )
+        print(f"broker {run.servers}   data {run.data}   (Ctrl-C stops everything)", flush=True)
+        print("   ".join(f"{name} {url}" for name, url in run.urls.items()), flush=True)
         package = f"examples.{options.example}"
-        feed = [sys.executable, "-m", f"{package}.feed", "--url", run.url, "--speed-up", options.speed_up]
-        children.append(subprocess.Popen(feed, start_new_session=True))
-        table = [sys.executable, "-m", f"{package}.table", "--data", str(run.data), "--bootstrap-servers", run.servers]
-        children.append(subprocess.Popen(table, start_new_session=True))
+        feed = [sys.executable, "-m", f"{package}.feed", "--url", run.url]
+        table = [sys.executable, "-m", f"{package}.table"]
+        if options.example == "shop":
+            feed += ["--speed-up", options.speed_up]
+            table += ["--data", str(run.data), "--bootstrap-servers", run.servers]
+        children.append(subprocess.Popen(feed, env=run.environment, start_new_session=True))
+        children.append(subprocess.Popen(table, env=run.environment, start_new_session=True))
         run.supervisor.wait()
     except KeyboardInterrupt:
         pass

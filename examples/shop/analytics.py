@@ -3,7 +3,7 @@
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from examples.shop.domain import OrderCreated, orders
-from examples.shop.effects import add_to, insert_once_sync
+from examples.upsert import add_to, insert_once_sync
 from headwater import App, Tier, UnitOfWork
 
 app = App("analytics-service")

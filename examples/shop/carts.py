@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from examples.shop.domain import CartAbandoned, CartCreated, CartUpdated, OrderCreated, OrderLine, orders, users
-from examples.shop.web import body_of, refused, serve
+from examples.web import body_of, refused, serve
 from headwater import App, UnitOfWork
 
 app = App("cart-service", topics=[users])
@@ -76,4 +76,9 @@ async def check_out(event: OrderCreated, uow: UnitOfWork) -> None:
         uow.publish(CartUpdated(row.user_id, event.cart_id, []))
 
 
-web = serve(app, "carts", [Route("/carts/{cart_id}", get_cart), Route("/carts/{cart_id}", put_cart, methods=["PUT"])])
+web = serve(
+    app,
+    "SHOP_CARTS_PORT",
+    8003,
+    [Route("/carts/{cart_id}", get_cart), Route("/carts/{cart_id}", put_cart, methods=["PUT"])],
+)

@@ -17,7 +17,7 @@ from examples.shop.domain import (
     catalog,
     inventory,
 )
-from examples.shop.web import body_of, refused, serve
+from examples.web import body_of, refused, serve
 from headwater import App, UnitOfWork
 
 app = App("catalog-service", topics=[catalog])
@@ -108,7 +108,8 @@ async def get_product(request: Request) -> Response:
 
 web = serve(
     app,
-    "catalog",
+    "SHOP_CATALOG_PORT",
+    8002,
     [
         Route("/products/{sku}", get_product),
         Route("/products/{sku}", put_product, methods=["PUT"]),

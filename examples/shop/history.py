@@ -16,7 +16,7 @@ from examples.shop.domain import (
     orders,
     users,
 )
-from examples.shop.web import serve
+from examples.web import serve
 from headwater import App, Projection, Rows
 
 app = App("history-service")
@@ -97,4 +97,4 @@ async def get_orders(request: Request) -> Response:
     )
 
 
-web = serve(app, "history", [Route("/customers/{customer_id}/orders", get_orders)])
+web = serve(app, "SHOP_HISTORY_PORT", 8005, [Route("/customers/{customer_id}/orders", get_orders)])

@@ -27,8 +27,8 @@ from examples.shop.domain import (
     orders,
     reserved,
 )
-from examples.shop.effects import insert_once
-from examples.shop.web import body_of, refused, serve
+from examples.upsert import insert_once
+from examples.web import body_of, refused, serve
 from headwater import App, UnitOfWork
 
 app = App("inventory-service", topics=[inventory, reserved, cancellations])
@@ -131,4 +131,9 @@ async def get_stock(request: Request) -> Response:
     return JSONResponse({"sku": sku, "available": STOCK_PER_SKU if found is None else found})
 
 
-web = serve(app, "inventory", [Route("/stock/{sku}", get_stock), Route("/stock/{sku}", post_stock, methods=["POST"])])
+web = serve(
+    app,
+    "SHOP_INVENTORY_PORT",
+    8004,
+    [Route("/stock/{sku}", get_stock), Route("/stock/{sku}", post_stock, methods=["POST"])],
+)

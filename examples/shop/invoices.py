@@ -3,7 +3,7 @@
 from sqlalchemy import Column, Integer, LargeBinary, MetaData, String, Table
 
 from examples.shop.domain import OrderCreated, orders
-from examples.shop.effects import insert_once_sync
+from examples.upsert import insert_once_sync
 from headwater import App, UnitOfWork
 
 app = App("invoice-service")

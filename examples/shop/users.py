@@ -7,8 +7,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from examples.shop.domain import OrderCreated, UserDeactivated, UserRegistered, UserUpdated, orders, users
-from examples.shop.effects import insert_once
-from examples.shop.web import body_of, refused, serve
+from examples.upsert import insert_once
+from examples.web import body_of, refused, serve
 from headwater import App, UnitOfWork
 
 app = App("user-service", topics=[users])
@@ -73,6 +73,7 @@ async def delete_user(request: Request) -> Response:
 
 web = serve(
     app,
-    "users",
+    "SHOP_USERS_PORT",
+    8001,
     [Route("/users/{user_id}", put_user, methods=["PUT"]), Route("/users/{user_id}", delete_user, methods=["DELETE"])],
 )

@@ -3,7 +3,7 @@
 from sqlalchemy import Column, Integer, MetaData, String, Table
 
 from examples.shop.domain import OrderCreated, orders
-from examples.shop.effects import insert_once
+from examples.upsert import insert_once
 from headwater import App, Tier, UnitOfWork
 
 app = App("warehouse-service")

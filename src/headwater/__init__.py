@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from headwater.domain.projection import Projection
     from headwater.domain.saga import Saga
     from headwater.domain.saga_decision import Step
-    from headwater.event.envelope import Envelope, IdempotencyKey, Metadata
+    from headwater.event.envelope import Envelope, IdempotencyKey, Metadata, Position
     from headwater.event.event import Event, Tombstone
     from headwater.event.topic import Topic
     from headwater.kafka.producer import NotPublished, Profile
@@ -37,6 +37,7 @@ PUBLIC = {
     "Metadata": "headwater.event.envelope",
     "NotPublished": "headwater.kafka.producer",
     "Outbox": "headwater.store.outbox",
+    "Position": "headwater.event.envelope",
     "Profile": "headwater.kafka.producer",
     "Projection": "headwater.domain.projection",
     "Retry": "headwater.runtime.retry",
@@ -61,6 +62,7 @@ __all__ = [
     "Metadata",
     "NotPublished",
     "Outbox",
+    "Position",
     "Profile",
     "Projection",
     "Retry",

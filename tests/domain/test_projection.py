@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -569,6 +570,88 @@ def test_what_retention_has_taken_is_not_passed_over(world: World) -> None:
     assert sum(orders for orders, _ in world.totals().values()) == 56
 
 
+def test_a_reader_that_holds_a_table_holds_up_the_exchange_and_loses_nothing(
+    embedded: Engine, postgres: Any, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL, while the live side is always further: the exchange waits for who reads, and the rows are right."""
+    monkeypatch.setattr("headwater.domain.rebuild.ROUNDS", 0)
+    monkeypatch.setattr(read_model, "LOCK_TIMEOUT", "200ms")
+    with psycopg.connect(postgres.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {unique}")
+    world = World(embedded, f"postgresql://postgres@127.0.0.1:{postgres.port}/{unique}", unique)
+    events = bought_events(400)
+    world.publish(*events[:200])
+    held: list[Any] = []
+
+    def get_further(done: int, total: int) -> None:
+        """The live side does; and somebody begins to read."""
+        if not held:
+            world.publish(*events[200:])
+            wait_until(lambda: world.count() == 400, "the live side")
+            reader = psycopg.connect(f"{world.url}")
+            reader.execute("SELECT count(*) FROM customers_read")
+            held.append(reader)
+            threading.Timer(1.0, reader.close).start()
+
+    with Running(world.app):
+        wait_until(lambda: world.count() == 200, "the first 200")
+        world.rebuild(tell=get_further)
+    assert held
+    assert world.totals() == expected(events)
+    assert world.rebuild(check=True).is_equal
+
+
+def test_what_new_tables_would_lack_refuses_a_rebuild(embedded: Engine, postgres: Any, unique: str) -> None:
+    """On PostgreSQL: a trigger, a policy, an index made by hand are named before anything is built."""
+    with psycopg.connect(postgres.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {unique}")
+    world = World(embedded, f"postgresql://postgres@127.0.0.1:{postgres.port}/{unique}", unique)
+    world.publish(*bought_events(5))
+    with Running(world.app):
+        wait_until(lambda: world.count() == 5, "all events")
+    for make, name, drop in (
+        ("CREATE POLICY mine ON customers_read USING (true)", "the policy mine", "DROP POLICY mine ON customers_read"),
+        ("CREATE INDEX by_hand ON orders_read (customer_name)", "the index by_hand", "DROP INDEX by_hand"),
+        ("GRANT SELECT (cents) ON customers_read TO PUBLIC", "rights on the column cents",
+         "REVOKE SELECT (cents) ON customers_read FROM PUBLIC"),
+    ):  # fmt: skip
+        with Database(world.url).engine.begin() as connection:
+            connection.execute(text(make))
+        with pytest.raises(CannotRebuild, match=name):
+            world.rebuild()
+        with Database(world.url).engine.begin() as connection:
+            connection.execute(text(drop))
+    world.rebuild()
+
+
+def test_a_stuck_event_in_a_quiet_topic_is_tried_with_growing_pauses(
+    small: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else comes meanwhile; it is alerted once; a function that can apply it ends it."""
+    monkeypatch.setattr(projector, "FIRST_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(projector, "SHOW_SECONDS", 0.2)
+    world = World(small.engine, small.url, small.topic.name, refusing)
+    world.publish(Bought("o-1", "c-bad", -1))
+
+    def attempts() -> int:
+        progress = world.progress()
+        return progress.stuck[0].attempts if progress is not None and progress.stuck else 0
+
+    with Running(world.app):
+        wait_until(lambda: attempts() >= 6, "six attempts")
+    assert "projection_failed" not in caplog.text
+    assert caplog.text.count("alert alert=projection state=raised") == 1
+    forgiving = Projection("customers", topics=[world.topic], tables=[Customer])
+
+    @forgiving.on
+    def bought(event: Bought, rows: Rows) -> None:
+        rows.put(Customer(customer_id=event.customer_id, orders=1, cents=event.cents))
+
+    with Running(world.new_app(forgiving)):
+        wait_until(lambda: world.count() == 1, "the event")
+    assert attempts() == 0
+
+
 def test_two_rebuilds_are_refused(small: World) -> None:
     """The second says that there is a first."""
     small.publish(*bought_events(10))
@@ -591,8 +674,6 @@ def test_two_rebuilds_are_refused(small: World) -> None:
 
 def test_names_and_rights_outlive_a_rebuild(embedded: Engine, postgres: Any, unique: str) -> None:
     """On PostgreSQL: others may read what they could, and keys and indexes have the names that were declared."""
-    import psycopg
-
     with psycopg.connect(postgres.url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {unique}")
         connection.execute(f"CREATE ROLE {unique}_reader")

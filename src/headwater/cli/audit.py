@@ -21,7 +21,7 @@ from headwater.cli.output import (
 )
 from headwater.kafka.consumer import ConsumerFailed, KafkaReader, headers_of
 from headwater.settings import Settings
-from headwater.trust.verifier import Finding, Verifier, judge_event
+from headwater.trust.verifier import Events, Finding, Verifier
 
 app = typer.Typer(no_args_is_help=True, help="Audit topics: verify, head.")
 
@@ -59,13 +59,15 @@ def verify(
     with explained("audit verify"):
         verifiers = _verified(topic, servers, _heads(head), quiet=json)
         findings = [finding for each in verifiers for finding in each.findings]
-        events = 0
+        events = Events(verifiers)
         for source in of or ():
-            events += _compare(source, verifiers, findings, servers, quiet=json)
+            _compare(source, events, findings, servers, quiet=json)
         counts = {
             "records": sum(each.records for each in verifiers),
             "spare": sum(each.spare for each in verifiers),
-            "events": events,
+            "events": events.compared,
+            "waiting": events.waiting,
+            "before": events.before,
             "findings": len(findings),
         }
         if json:
@@ -76,6 +78,12 @@ def verify(
                 show_rows(("partition", "offset", "fault", "what"), shown, False, numbers=("partition", "offset"))
             if len(findings) > MOST_SHOWN:
                 console.print(f"... and {len(findings) - MOST_SHOWN} more")
+            for verifier in verifiers:
+                if verifier.first > 1:
+                    console.print(
+                        f"partition {verifier.partition} begins at record {verifier.first}: what was before is gone",
+                        highlight=False,
+                    )
             console.print(_summary(topic, counts), highlight=False)
         if findings:
             raise typer.Exit(1)
@@ -87,6 +95,10 @@ def _summary(topic: str, counts: dict[str, int]) -> str:
         parts.append(f"{counts['spare']} copies too many, of a writer that was suspended")
     if counts["events"]:
         parts.append(f"{counts['events']} events compared")
+    if counts["waiting"]:
+        parts.append(f"{counts['waiting']} newer than the audit")
+    if counts["before"]:
+        parts.append(f"{counts['before']} older than what is left of it")
     return ", ".join([*parts, f"{counts['findings']} findings" if counts["findings"] else "nothing is wrong"])
 
 
@@ -122,18 +134,15 @@ def _verified(topic: str, servers: str, heads: list[Head], *, quiet: bool) -> li
     return verifiers
 
 
-def _compare(source: str, verifiers: list[Verifier], findings: list[Finding], servers: str, *, quiet: bool) -> int:
-    """How many events there were."""
+def _compare(source: str, events: Events, findings: list[Finding], servers: str, *, quiet: bool) -> None:
     if source not in admin(servers).partition_counts():
         raise UserError(f"there is no topic {source}.")
-    count = 0
+    (described,) = admin(servers).describe_topics([source])
     for record in _records(source, servers, quiet=quiet):
-        count += 1
-        place = (source, record.partition(), record.offset())
-        found = judge_event(verifiers, *place, record.key(), record.value(), headers_of(record))
+        place = (source, described.topic_id, record.partition())
+        found = events.judge(place, record.offset(), record.key(), record.value(), headers_of(record))
         if found is not None:
             findings.append(found)
-    return count
 
 
 def _records(topic: str, servers: str, *, quiet: bool) -> Any:

@@ -21,9 +21,11 @@
 
 `headwater projections rebuild` builds it anew beside the live one, and puts it in its place.
 
-Promise    Every event changes the rows once, in the order of its partition. A rebuild is never behind what it replaces, and
-           who reads sees the one or the other whole.
-Not        Order between partitions. More than one process at a time: others take over when it dies. Effects outside the tables.
+Promise    Every record changes the rows once, in the order of its partition. A rebuild is never behind what it replaces, and
+           each statement sees the one or the other whole.
+Not        An event that is in the topic twice, as an outbox may publish it when its relay dies: go by the ids of things, or by
+           the envelope's. Order between partitions. More than one process at a time: others take over when it dies. Effects
+           outside the tables.
 Needs      Functions that go by the event and the rows alone: what a clock or a chance decides comes out otherwise the next time.
            Topics that still have what the rows are made of.
 Proof      tests/domain/test_projection.py

@@ -21,6 +21,7 @@ from headwater.domain.projection import Place, Projection
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, KafkaReader, Message
 from headwater.kafka.registry_client import RegistryUnreachable
+from headwater.runtime.app import CannotStart
 from headwater.runtime.subscription import Surroundings
 from headwater.store import read_model
 from headwater.store.database import is_unavailable
@@ -42,7 +43,7 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 60.0
 ALERT = "projection"
 
 
-class Waits(Exception):
+class Waits(CannotStart):
     """The projection can't go on now; the message says what to do."""
 
 
@@ -75,6 +76,7 @@ class Projector:
         self._admin = KafkaAdmin(around.settings)
         self._stopped = threading.Event()
         self._said, self._next_say = "", 0.0
+        self._waits: Waits | None = None
         self._reset()
         self._thread = threading.Thread(target=self._run, name=f"projection-{projection.name}", daemon=True)
 
@@ -98,12 +100,15 @@ class Projector:
         self._thread.join(STOP_SECONDS)
 
     def is_done(self, ends: Mapping[Place, int]) -> bool:
-        """Whether it is as far as that, here or in another process. Raises SQLAlchemyError."""
+        """Whether it is as far as that, here or in another process. Raises SQLAlchemyError, AdminError, Waits."""
+        if self._waits is not None:
+            raise self._waits
+        committed = self._admin.committed(self._projection.name)
         with self._database.engine.connect() as connection:
             progress = read_model.load_progress(connection, self._projection.name, Side.LIVE)
         if progress is None:
             return False
-        mine = self._positions
+        mine = {**{place: each.offset for place, each in committed.items()}, **self._positions}
         return all(
             max(progress.offset(*place) or 0, mine.get(place, 0)) >= end
             for place, end in ends.items()
@@ -121,6 +126,7 @@ class Projector:
             except Exchanged:
                 continue
             except Waits as error:
+                self._waits = error
                 self._trouble(str(error))
             except (SQLAlchemyError, ConsumerFailed, AdminError, RegistryUnreachable) as error:
                 self._trouble(str(error).split("\n")[0])
@@ -141,6 +147,7 @@ class Projector:
         """Until stopped. Raises Waits, Exchanged, SQLAlchemyError, ConsumerFailed, AdminError, RegistryUnreachable."""
         self._reset()
         progress = self._prepare(connection)
+        self._waits = None
         self._generation = progress.generation
         reader = KafkaReader(self._around.settings, {})
         try:
@@ -187,6 +194,9 @@ class Projector:
                         f"the table {shape.table.name} is not as declared ({different}): raise the projection's version, "
                         f"and `{command(projection)}`."
                     )
+        names = [topic.name for topic in projection.topics]
+        self._topic_ids = {each.name: each.topic_id for each in self._admin.describe_topics(names)}
+        self._decoders = projection.decoders(self._topic_ids, self._around.schemas)
         for name, known in progress.topics.items():
             if name in self._topic_ids and known.topic_id != self._topic_ids[name]:
                 raise Waits(f"the topic {name} was made anew since: `{command(projection)} --anew`.")
@@ -202,13 +212,13 @@ class Projector:
         new = [place for place in places if place not in self._positions]
         starts = self._admin.start_offsets(new)
         for place in new:
-            offset = progress.offset(*place)
-            if offset is not None and offset < starts[place]:
+            offset = progress.offset(*place) or 0
+            if offset < starts[place]:
                 raise Waits(
                     f"{place[0]}-{place[1]} begins at {starts[place]}, and the projection is at {offset}: retention has taken "
                     f"what is between. `{command(self._projection)} --allow-gap` builds it from what is left."
                 )
-            self._positions[place] = max(offset or 0, starts[place])
+            self._positions[place] = offset
             reader.add(*place, self._positions[place])
 
     def _retry(self, reader: KafkaReader) -> None:
@@ -272,8 +282,9 @@ class Projector:
             self._rows = rows
         for place, offset in offsets.items():
             self._positions[place] = max(self._positions.get(place, 0), offset)
-            if self._held.pop(place, None) is not None and not self._held:
-                self._around.alerts.recovered(ALERT, self._projection.name, place[0])
+            self._held.pop(place, None)
+        if not stuck:  # also of what another turn, or another process, has held
+            self._around.alerts.recovered(ALERT, self._projection.name, place_of(records[0])[0])
 
     def _hold(self, connection: Connection, reader: KafkaReader, record: Message, error: Exception) -> None:
         """Its partition waits for it. Raises Exchanged, SQLAlchemyError."""
@@ -315,6 +326,8 @@ class Projector:
             for place, offset in self._positions.items()
             if offset != self._shown.get(place) and place not in self._held
         }
+        if not changed:
+            return
         try:
             self._admin.alter_committed(
                 self._projection.name, {place: (offset, "") for place, offset in changed.items()}

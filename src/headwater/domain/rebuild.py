@@ -22,6 +22,7 @@ from headwater.domain.projector import advanced, offset_of, place_of
 from headwater.event.codec import Undecodable
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import KafkaReader, Message
+from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.decoding import SchemaSource
 from headwater.settings import Settings
 from headwater.store import read_model
@@ -95,7 +96,7 @@ class Rebuild:
             before = gc.get_threshold()
             gc.set_threshold(GC_THRESHOLD)
             try:
-                return self._run(connection, started, check, anew or check, allow_gap)
+                return self._run(connection, started, check, anew, allow_gap)
             finally:
                 gc.set_threshold(*before)
                 lock.release()
@@ -105,11 +106,13 @@ class Rebuild:
         starts, ends = self._admin.start_offsets(places), self._admin.end_offsets(places)
         if not allow_gap:
             self._check_beginnings(starts)
+        if not check:
+            self._check_obstacles(connection)
         digests: list[Digest] = []
         if check:
             live, digests = self._look_at_live(connection)
             ends = {place: min(ends[place], live.offset(*place) or 0) for place in places}
-        self._prepare(connection, anew)
+        self._prepare(connection, check, anew)
         self._positions = {place: max(self._progress.offset(*place) or 0, starts[place]) for place in places}
         self._all = sum(max(0, end - self._positions[place]) for place, end in ends.items())
         reader = KafkaReader(self._settings, self._positions)
@@ -144,6 +147,20 @@ class Rebuild:
                 "--allow-gap, and build it from what is left."
             )
 
+    def _check_obstacles(self, connection: Connection) -> None:
+        """Raises CannotRebuild."""
+        with connection.begin():
+            live = read_model.load_progress(connection, self._projection.name, Side.LIVE)
+            if live is None or live.version != self._projection.version:
+                return  # it was declared otherwise
+            for cls in self._projection.tables:
+                found = read_model.obstacles(connection, shape_of(cls))
+                if found:
+                    raise CannotRebuild(
+                        f"the table {shape_of(cls).table.name} has {', '.join(found)}, which new tables would not have: declare "
+                        "them, or take them away and make them again afterwards."
+                    )
+
     def _look_at_live(self, connection: Connection) -> tuple[Progress, list[Digest]]:
         """In one snapshot. Raises CannotRebuild."""
         with read_model.snapshot(connection):
@@ -152,7 +169,7 @@ class Rebuild:
                 raise CannotRebuild(f"{self._projection.name} has no live side yet: there is nothing to compare with.")
             return live, [digest(connection, shape_of(cls)) for cls in self._projection.tables]
 
-    def _prepare(self, connection: Connection, anew: bool) -> None:
+    def _prepare(self, connection: Connection, check: bool, anew: bool) -> None:
         """The tables, with what an earlier rebuild has brought them."""
         name = self._projection.name
         with connection.begin():
@@ -167,6 +184,10 @@ class Rebuild:
                 and all(read_model.is_there(connection, each) for each in self._shapes)
             )
             if goes_on and found is not None:
+                if check:
+                    raise CannotRebuild(
+                        f"a rebuild of {name} was stopped: end it first, or say --anew and give up what it has done."
+                    )
                 self._progress = found
                 return
             read_model.drop(connection, self._shapes)
@@ -221,6 +242,8 @@ class Rebuild:
                 continue
             try:
                 self._projection.apply(record, self._decoders[place[0]], rows)
+            except RegistryUnreachable:
+                raise
             except Exception as error:
                 if is_unavailable(error):
                     raise
@@ -269,6 +292,7 @@ class Rebuild:
             if not behind:
                 return
             rounds += 1
+            self._add(reader, behind)
             self._read_to(connection, reader, rows, behind)
 
     def _try_to_exchange(
@@ -282,12 +306,22 @@ class Rebuild:
             behind = self._behind(live)
             if behind and not waits_for_us:
                 return behind
+            # before anything is read: what is in memory could not be taken back with this transaction
+            read_model.lock(connection, self._projection.tables)
             if behind:
+                self._add(reader, behind)
                 self._read_to(connection, reader, rows, behind, saves=False)
             read_model.swap(connection, self._projection.tables)
             read_model.save_progress(connection, name, Side.LIVE, self._as_live(live))
             read_model.drop_progress(connection, name, Side.REBUILD)
             return {}
+
+    def _add(self, reader: KafkaReader, behind: Mapping[Place, int]) -> None:
+        """Partitions that are new since the beginning."""
+        new = [place for place in behind if place not in self._positions]
+        for place, start in self._admin.start_offsets(new).items():
+            self._positions[place] = start
+            reader.add(*place, start)
 
     def _behind(self, live: Progress | None) -> dict[Place, int]:
         """Where the live side is further."""
@@ -296,7 +330,7 @@ class Rebuild:
         return {
             (topic, partition): offset
             for topic, known in live.topics.items()
-            if known.topic_id == self._topic_ids.get(topic)
+            if topic in self._decoders and known.topic_id == self._topic_ids.get(topic)
             for partition, offset in known.offsets.items()
             if offset > self._positions.get((topic, partition), 0)
         }

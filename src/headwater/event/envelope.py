@@ -43,6 +43,14 @@ class IdempotencyKey(str):
     __slots__ = ()
 
 
+class Position(NamedTuple):
+    """Where an event stands: in its partition the offset grows, so it can be a version in a store outside."""
+
+    topic: str
+    partition: int
+    offset: int
+
+
 class Cause(NamedTuple):
     """What is being handled now: an event or a web request."""
 

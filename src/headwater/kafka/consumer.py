@@ -228,9 +228,12 @@ class KafkaConsumer:
             raise self._trouble.pop(0)
 
     def poll_paused(self, seconds: float) -> None:
-        """Answer the group and take nothing."""
+        """Answer the group and take nothing. Raises ConsumerFailed."""
         self._consumer.pause(self._consumer.assignment())
-        self._consumer.poll(seconds)
+        message = self._consumer.poll(seconds)
+        trouble = self._trouble_of(message) if message is not None else None
+        if isinstance(trouble, ConsumerFailed):
+            raise trouble
 
     def _trouble_of(self, message: Message) -> Exception | None:
         """An error that won't go away; one that does is told once in a while."""

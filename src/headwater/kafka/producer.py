@@ -64,6 +64,9 @@ TRANSACTIONAL = {"transaction.timeout.ms": "10000", "retry.backoff.ms": "5", "lo
 class NotPublished(Exception):
     """The broker did not acknowledge; the message says why. Whether it is in the log is not known."""
 
+    lacks_transactions = False
+    """The cluster has none, or not for this producer."""
+
     def __init__(self, message: str, *, is_about_the_record: bool = False) -> None:
         """is_about_the_record: another one would be taken."""
         super().__init__(message)
@@ -205,6 +208,13 @@ class KafkaProducer:
                 self._on_fatal(self._fatal)
 
 
+WITHOUT_TRANSACTIONS = (
+    confluent_kafka.KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    confluent_kafka.KafkaError.UNSUPPORTED_VERSION,
+    confluent_kafka.KafkaError._UNSUPPORTED_FEATURE,
+)
+
+
 class TransactionalProducer(KafkaProducer):
     """One transaction after the other; `send` between `begin` and `commit`. Each method raises NotPublished."""
 
@@ -243,7 +253,9 @@ class TransactionalProducer(KafkaProducer):
             except confluent_kafka.KafkaException as error:
                 trouble = error.args[0]
                 if not trouble.retriable() or time.monotonic() > deadline:
-                    raise NotPublished(trouble.str()) from None
+                    refused = NotPublished(trouble.str())
+                    refused.lacks_transactions = trouble.code() in WITHOUT_TRANSACTIONS
+                    raise refused from None
 
 
 def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:

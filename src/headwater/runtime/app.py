@@ -182,7 +182,7 @@ class App:
         )  # fmt: skip
 
         def register(function: F) -> F:
-            if any(handler.group == group for handler in self.handlers):
+            if group in [*(each.group for each in self.handlers), *(each.name for each in self.beside)]:
                 raise InvalidHandler(f"the group {group} has a handler already: each handler is a group of its own.")
             handler = Handler(function, topic, group, options)
             self._router.add([topic])
@@ -450,27 +450,31 @@ class App:
         async with self.lifespan():
             around = self._surroundings(failed)
             subscriptions = self._subscribe(around, loop)
-            runners = [await loop.run_in_executor(None, each.begin, around, self._topic_ids) for each in self.beside]
+            runners: list[Runner] = []
             web = (
                 asyncio.create_task(serve(self._web[0], listener, stop)) if self._web and listener is not None else None
             )
             stopping = asyncio.create_task(stop.wait())
-            caught_up = asyncio.create_task(self._catch_up(runners)) if until_now else None
-            logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
+            caught_up: asyncio.Task[None] | None = None
             try:
+                for each in self.beside:
+                    runners.append(await loop.run_in_executor(None, each.begin, around, self._topic_ids))
+                if until_now:
+                    caught_up = asyncio.create_task(self._catch_up(runners))
+                logger.info("running app=%s handlers=%d", self.name, len(subscriptions))
                 waited = [task for task in (stopping, failure, web, caught_up) if task is not None]
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stop.set()
                 logger.info("stopping app=%s", self.name)
-                for each in subscriptions:
-                    each.request_stop(STOP_SECONDS)
+                for subscription in subscriptions:
+                    subscription.request_stop(STOP_SECONDS)
                 for runner in runners:
                     await loop.run_in_executor(None, runner.stop)
                 while any(each.is_alive for each in subscriptions):
                     await asyncio.sleep(0.01)
-                for each in subscriptions:
-                    await each.close()
+                for subscription in subscriptions:
+                    await subscription.close()
                 stopping.cancel()
                 if caught_up is not None:
                     caught_up.cancel()

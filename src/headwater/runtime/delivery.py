@@ -110,7 +110,7 @@ class Calls:
                 raise outcomes[0]
             return
         if handler.uow_parameter is None:
-            result = await handler.function(envelope.data, **handler.arguments(envelope, None))
+            result = await handler.function(envelope.data, **handler.arguments(envelope, event, None))
             if result is not None:
                 await self._effects.publish(result)
             return
@@ -121,7 +121,7 @@ class Calls:
                     self._claim, envelope.event_id, generation, attempted
                 ):
                     return
-                result = await handler.function(envelope.data, **handler.arguments(envelope, uow))
+                result = await handler.function(envelope.data, **handler.arguments(envelope, event, uow))
                 if result is not None:
                     uow.publish(result)
         finally:
@@ -156,7 +156,7 @@ class Calls:
                 raise outcomes[0]
             return
         if handler.uow_parameter is None:
-            result = handler.function(envelope.data, **handler.arguments(envelope, None))
+            result = handler.function(envelope.data, **handler.arguments(envelope, event, None))
             if result is not None:
                 effects.publish_sync(result)
             return
@@ -165,7 +165,7 @@ class Calls:
             with uow:
                 if self._has_inbox and not self._claim(uow.sync_session, envelope.event_id, generation, attempted):
                     return
-                result = handler.function(envelope.data, **handler.arguments(envelope, uow))
+                result = handler.function(envelope.data, **handler.arguments(envelope, event, uow))
                 if result is not None:
                     uow.publish(result)
         finally:

@@ -5,9 +5,9 @@
 
 The first parameter's type says which events it is for: one class, or a union; events of other types in the topic are
 skipped. A parameter annotated UnitOfWork gets one around the call, one annotated Envelope the event's envelope, one
-annotated IdempotencyKey the key by which services outside shall know the call. What the handler returns is published:
-through the outbox with a unit of work, else acknowledged before the event counts as handled. Sync functions run in a
-thread.
+annotated IdempotencyKey the key by which services outside shall know the call, one annotated Position where the event
+stands. What the handler returns is published: through the outbox with a unit of work, else acknowledged before the event
+counts as handled. Sync functions run in a thread.
 
 A first parameter `list[OrderCreated]` makes it a batch handler: it returns None when all are handled, or one outcome for
 each: None, an event to publish, or an exception.
@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headwater.event.envelope import Envelope, IdempotencyKey
+from headwater.event.envelope import Envelope, IdempotencyKey, Position
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
-from headwater.runtime.assignment import Policy
+from headwater.runtime.assignment import Policy, Received
 from headwater.runtime.retry import Delivery, Errors, FailureKinds, GivingUp, Retry
 from headwater.runtime.retry_topic import dead_topic, retry_topic
 from headwater.settings import InvalidSetting, duration_seconds
@@ -87,6 +87,7 @@ class Handler:
         self.uow_parameter: str | None = None
         self.envelope_parameter: str | None = None
         self.key_parameter: str | None = None
+        self.position_parameter: str | None = None
         self.returns: list[type] = []
         """The event classes that it says it returns."""
         self.classes = self._inspect()
@@ -168,9 +169,9 @@ class Handler:
     @property
     def arguments_of_event(self) -> bool:
         """Whether it takes more of an event than its data."""
-        return self.envelope_parameter is not None or self.key_parameter is not None
+        return any((self.envelope_parameter, self.key_parameter, self.position_parameter))
 
-    def arguments(self, envelope: Envelope, uow: UnitOfWork | None) -> dict[str, object]:
+    def arguments(self, envelope: Envelope, record: Received, uow: UnitOfWork | None) -> dict[str, object]:
         extra: dict[str, object] = {}
         if self.uow_parameter is not None:
             extra[self.uow_parameter] = uow
@@ -178,6 +179,8 @@ class Handler:
             extra[self.envelope_parameter] = envelope
         if self.key_parameter is not None:
             extra[self.key_parameter] = IdempotencyKey(f"{self.group}:{envelope.event_id}")
+        if self.position_parameter is not None:
+            extra[self.position_parameter] = Position(self.topic.name, record.partition() or 0, record.offset() or 0)
         return extra
 
     def _inspect(self) -> Sequence[type]:
@@ -202,10 +205,12 @@ class Handler:
                 self.envelope_parameter = name
             elif hints.get(name) is IdempotencyKey and not self.batch:
                 self.key_parameter = name
+            elif hints.get(name) is Position and not self.batch:
+                self.position_parameter = name
             else:
                 raise InvalidHandler(
                     f"the handler {self.name} has the parameter {name!r}, which nothing is known for: annotate it with "
-                    "UnitOfWork, Envelope or IdempotencyKey, or leave it out."
+                    "UnitOfWork, Envelope, IdempotencyKey or Position, or leave it out."
                 )
         self.returns = [
             cls

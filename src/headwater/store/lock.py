@@ -18,7 +18,7 @@ class Lock:
     def take(self, connection: Connection) -> bool:
         """Whether it is ours: on PostgreSQL as long as the connection lives, on SQLite until it is released."""
         if self._database.kind == "postgresql":
-            query = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
+            query = text("SELECT pg_try_advisory_lock(hashtextextended(current_schema() || ' ' || :name, 0))")
             mine = bool(connection.execute(query, {"name": f"headwater {self._name}"}).scalar_one())
             connection.commit()
             return mine

@@ -4,7 +4,8 @@ A read model has two sides. The live one has the tables' own names and is what e
 the same shape beside it, `NAME__rebuild`, and in the end takes its place in one transaction. `headwater_projections` says
 how far each side is; a side's progress is saved in the transaction of its rows, never apart from them.
 
-Needs    Mapped classes with a primary key of their own, without foreign keys. Everybody else only reads the tables.
+Needs    Mapped classes with a primary key of their own, without foreign keys, whose columns give back what was put (no
+         rounding; on SQLite no time zones). Everybody else only reads the tables.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Constraint,
+    Enum,
     Index,
     MetaData,
     Table,
@@ -134,6 +136,13 @@ def shape_of(cls: type, side: Side = Side.LIVE) -> Shape:
     if table.schema is not None:
         raise InvalidReadModel(
             f"the table {table.name} is in the schema {table.schema}: leave that to the search path."
+        )
+    if any(column.default is not None and not column.default.is_scalar for column in table.columns):
+        raise InvalidReadModel(f"the table {table.name} has a default that is computed: let the functions say it.")
+    if any(isinstance(column.type, Enum) and column.type.native_enum for column in table.columns):
+        raise InvalidReadModel(
+            f"the table {table.name} has an enum type of the database, which two tables can't both make: write "
+            "Enum(..., native_enum=False)."
         )
     beside = _beside(table, REBUILD)
     parts: list[Index | Constraint] = [*beside.indexes, *beside.constraints]
@@ -423,15 +432,54 @@ LOCK_TIMEOUT = "2s"
 """While we wait for those that read a table, all others wait behind us."""
 
 
+LOCKED_STATES = ("55P03", "40P01")  # waited for too long; a deadlock with somebody who wants them in another order
+
+
+def lock(connection: Connection, classes: Iterable[type]) -> None:
+    """Nobody reads the live tables until this transaction ends. Raises OperationalError."""
+    if connection.dialect.name != "postgresql":
+        return  # whoever writes to SQLite has all of it
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+    quoted = connection.dialect.identifier_preparer.quote
+    there = [quoted(shape.table.name) for shape in map(shape_of, classes) if is_there(connection, shape)]
+    if there:
+        connection.exec_driver_sql(f"LOCK TABLE {', '.join(there)} IN ACCESS EXCLUSIVE MODE")
+
+
+OBSTACLES = text(
+    "SELECT 'the trigger ' || tgname FROM pg_trigger WHERE tgrelid = to_regclass(:table) AND NOT tgisinternal "
+    "UNION ALL SELECT 'the policy ' || polname FROM pg_policy WHERE polrelid = to_regclass(:table) "
+    "UNION ALL SELECT 'a place in the publication ' || pubname FROM pg_publication_rel r JOIN pg_publication p "
+    "ON p.oid = r.prpubid WHERE prrelid = to_regclass(:table) "
+    "UNION ALL SELECT 'rights on the column ' || attname FROM pg_attribute WHERE attrelid = to_regclass(:table) "
+    "AND attacl IS NOT NULL"
+)
+
+
+def obstacles(connection: Connection, shape: Shape) -> list[str]:
+    """What a table that takes its place would lack."""
+    if connection.dialect.name != "postgresql":
+        return []
+    quoted = connection.dialect.identifier_preparer.quote
+    found = [str(each) for (each,) in connection.execute(OBSTACLES, {"table": quoted(shape.table.name)})]
+    if is_there(connection, shape):
+        declared = {index.name for index in shape.table.indexes}
+        there = {
+            index["name"]
+            for index in inspect(connection).get_indexes(shape.table.name)
+            if "duplicates_constraint" not in index
+        }
+        found += [f"the index {name}" for name in sorted(str(name) for name in there - declared)]
+    return found
+
+
 def is_locked(error: OperationalError) -> bool:
     """Whether somebody else had the tables for longer than we waited."""
-    return getattr(error.orig, "sqlstate", None) == "55P03"
+    return getattr(error.orig, "sqlstate", None) in LOCKED_STATES
 
 
 def swap(connection: Connection, classes: Iterable[type]) -> None:
-    """The rebuilt tables become the live ones, with the rights that others had on those. Raises OperationalError."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+    """The rebuilt tables become the live ones, with the rights that others had on those; after `lock`."""
     for cls in classes:
         live, rebuilt = shape_of(cls).table, shape_of(cls, Side.REBUILD).table
         quoted = connection.dialect.identifier_preparer.quote

@@ -7,8 +7,9 @@
 
 Promise    Every event of the topics has one record in the audit topic, whatever dies when, in the order of its partition. A
            record that is changed, removed, moved or put in later is found; so is an event that is changed afterwards.
-Not        A chain that is cut off at its end, unless its head was kept elsewhere (`headwater audit head`): nothing in a log says
-           that there was more. Whoever may write the audit topic may go on with the chain: give nobody else the right to.
+Not        A chain that is cut off, at its end or at its beginning, as retention does: the verifier says where it begins, and
+           a head that was kept elsewhere (`headwater audit head`) shows where it went. Whoever may write the audit topic may
+           go on with the chain: give nobody else the right to.
 Needs      Nothing but Kafka. Without transactions (the embedded broker has none yet) a process that was suspended just while it
            wrote may leave a copy too many when it wakes; it is no part of the chain, and the verifier counts it apart.
 Proof      tests/trust/test_audit.py
@@ -18,7 +19,9 @@ from collections.abc import Mapping, Sequence
 
 from headwater.event.event import Event
 from headwater.event.topic import Topic
-from headwater.runtime.app import App
+from headwater.kafka.admin import KafkaAdmin
+from headwater.runtime.app import DEFAULT_MAX_MESSAGE_BYTES, App, CannotStart
+from headwater.runtime.retry_topic import HEADER_ROOM
 from headwater.runtime.subscription import Runner, Surroundings
 
 
@@ -51,9 +54,12 @@ class Audit:
         if topic in [each.name for each in of]:
             raise InvalidAudit(f"{topic} can't be the audit of itself.")
         self.name = name
+        self.largest_bytes = max(int(each.configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) for each in of)
+        """What is larger is not copied: its digest alone is kept."""
         self.topic = Topic(
-            topic, key="source", events=[AuditRecord], partitions=partitions, retention=retention, class_="audit"
-        )
+            topic, key="source", events=[AuditRecord], partitions=partitions, retention=retention, class_="audit",
+            configs={"max.message.bytes": str(self.largest_bytes + HEADER_ROOM)},
+        )  # fmt: skip
         self.of = tuple(of)
         self.copies = copies
         self.needs_database = False
@@ -69,9 +75,15 @@ class Audit:
         app.run_beside(self)
 
     def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:
-        """See `headwater.runtime.subscription.Beside`."""
+        """See `headwater.runtime.subscription.Beside`. Raises CannotStart, AdminError."""
         from headwater.trust.auditor import Auditor
 
+        count = KafkaAdmin(around.settings).partition_counts()[self.topic.name]
+        if count != self.topic.partitions:
+            raise CannotStart(
+                f"the audit topic {self.topic.name} has {count} partitions, and {self.topic.partitions} are declared: each is "
+                "a chain, and their number stays. Declare as many as there are, or give the audit another topic."
+            )
         auditor = Auditor(self, around)
         auditor.start()
         return auditor

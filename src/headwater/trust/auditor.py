@@ -26,6 +26,7 @@ from headwater.kafka.consumer import (
 )
 from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, TransactionalProducer
 from headwater.runtime import crash_point
+from headwater.runtime.relay import GAPLESS
 from headwater.runtime.subscription import Surroundings
 from headwater.trust.audit import Audit
 from headwater.trust.chain import Head, Link, after, beginning, digest_of, headers_of_link, link_in, place_in
@@ -43,6 +44,7 @@ STOP_SECONDS = 10.0
 SAY_SECONDS = 60.0
 SHOW_SECONDS = 2.0
 LOOK_SECONDS = 30.0
+RENEWAL_SECONDS = 24 * 3600.0
 UNSURE_SECONDS = 2.0
 """Without a word from the group for this long, it may have gone on without us: a third of the session's time-out."""
 KAFKA = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
@@ -69,10 +71,11 @@ class Chain:
         around: Surroundings,
         consumer: KafkaConsumer,
         admin: KafkaAdmin,
+        tell: Callable[[str], None],
         *,
         transacts: bool,
     ) -> None:
-        """Raises NotPublished, AdminError, ConsumerFailed, Broken."""
+        """tell: of what is wrong and doesn't end it. Raises NotPublished, AdminError, ConsumerFailed, Broken."""
         self._audit = audit
         self._place = (audit.topic.name, partition)
         self._around = around
@@ -80,27 +83,38 @@ class Chain:
         self._admin = admin
         self._transactions: TransactionalProducer | None = None
         self._reader: KafkaReader | None = None
+        self._tell = tell
+        self._ids: dict[str, str] = {}
+        """Of the source topics."""
         self._read: set[Place] = set()
         """Source partitions that the reader has."""
-        self._next_show = self._next_look = 0.0
+        self._next_show = self._next_look = self._next_renewal = 0.0
         if transacts:  # first of all: from now on nobody else writes
             self._transactions = TransactionalProducer(around.settings, f"{audit.name}-{partition}")
-        self._producer = self._transactions or KafkaProducer(around.settings, Profile.THROUGHPUT)
+        gapless = replace(around.settings, kafka={**around.settings.kafka, **GAPLESS})
+        self._producer = self._transactions or KafkaProducer(gapless, Profile.THROUGHPUT)
         try:
             committed = admin.committed(audit.name)
-            self.positions = {place: each.offset for place, each in committed.items() if place[0] != audit.topic.name}
-            self._head: Head | None = beginning(*self._place)
+            places = self._places()
+            self._describe(places)
+            self.positions = {
+                place: committed[place].offset
+                for place in places
+                if place in committed and committed[place].metadata == self._ids[place[0]]
+            }
+            is_whole = admin.start_offsets([self._place])[self._place] == 0
+            self._head: Head | None = (
+                beginning(*self._place) if is_whole else None
+            )  # None: what is left has to be believed
             self._next = 0
             """The offset behind the chain."""
             found = committed.get(self._place)
-            if found is None and admin.start_offsets([self._place])[self._place] > 0:
-                self._head = None  # what is left has to be believed
-            elif found is not None and found.metadata:
+            if found is not None and found.metadata and len(self.positions) == len(places):
+                # otherwise some positions are lost, as a group's are after a week without news: the chain itself has them
                 sequence, hash_ = found.metadata.split()
                 self._head, self._next = Head(int(sequence), bytes.fromhex(hash_)), found.offset
             self._read_tail()
-            self.positions = {place: offset for place, offset in self.positions.items() if self._is_ours(place)}
-            self._shown = dict(self.positions)
+            self._shown: dict[Place, int] = {}
             self._reader = KafkaReader(around.settings, {})
             self._look()
         except BaseException:
@@ -126,9 +140,11 @@ class Chain:
         self._show()
         return len(records)
 
-    def _is_ours(self, place: Place) -> bool:
-        names = {topic.name for topic in self._audit.of}
-        return place[0] in names and chain_of(place, self._audit.topic.partitions) == self._place[1]
+    def _places(self) -> list[Place]:
+        """The source partitions that belong to this chain. Raises AdminError."""
+        counts = self._admin.partition_counts()
+        places = [(topic.name, i) for topic in self._audit.of for i in range(counts.get(topic.name, 0))]
+        return [place for place in places if chain_of(place, self._audit.topic.partitions) == self._place[1]]
 
     def _read_tail(self) -> None:
         """What was written behind the last commit. Raises ConsumerFailed, Broken."""
@@ -156,7 +172,8 @@ class Chain:
             return  # no part of the chain: see the verifier
         link, self._head = said
         topic, partition, offset = place_in(link.source)
-        self.positions[topic, partition] = offset + 1
+        if link.topic_id == self._ids.get(topic):
+            self.positions[topic, partition] = offset + 1
 
     def _look(self) -> None:
         """Now and then: partitions that are new. Raises AdminError."""
@@ -164,14 +181,27 @@ class Chain:
             return
         self._next_look = time.monotonic() + LOOK_SECONDS
         assert self._reader is not None
-        counts = self._admin.partition_counts()
-        places = [(topic.name, i) for topic in self._audit.of for i in range(counts.get(topic.name, 0))]
-        new = [place for place in places if self._is_ours(place) and place not in self._read]
-        starts = self._admin.start_offsets([place for place in new if place not in self.positions])
+        new = [place for place in self._places() if place not in self._read]
+        starts, ends = self._admin.start_offsets(new), self._admin.end_offsets(new)
+        self._describe(new)
         for place in new:
-            self.positions.setdefault(place, starts.get(place, 0))
-            self._reader.add(*place, self.positions[place])
+            offset = self.positions.get(place, starts[place])
+            if not starts[place] <= offset <= ends[place]:
+                self._tell(
+                    f"{place[0]}-{place[1]} is not audited: it was up to {offset}, and goes from {starts[place]} to "
+                    f"{ends[place]}. Stop the audit, `headwater groups reset {self._audit.name} --topic {place[0]} --to "
+                    "earliest --execute`, start it: what is between is missing for good."
+                )
+                continue
+            self.positions[place] = offset
+            self._reader.add(*place, offset)
             self._read.add(place)
+
+    def _describe(self, places: Sequence[Place]) -> None:
+        """The ids of their topics. Raises AdminError."""
+        names = sorted({topic for topic, _ in places})
+        if names:
+            self._ids.update({each.name: each.topic_id for each in self._admin.describe_topics(names)})
 
     def _append(self, records: Sequence[Message], is_sure: Callable[[], bool]) -> None:
         topic, partition = self._place
@@ -185,13 +215,19 @@ class Chain:
             place, offset = (record.topic() or "", record.partition() or 0), record.offset() or 0
             headers = headers_of(record)
             key, value = record.key(), record.value()
-            link = Link(f"{place[0]}:{place[1]}:{offset}", record.timestamp()[1], digest_of(key, value, headers))
+            link = Link(
+                f"{place[0]}:{place[1]}:{offset}",
+                self._ids[place[0]],
+                record.timestamp()[1],
+                digest_of(key, value, headers),
+            )
             head = after(head, link)
-            kept = [*headers, *headers_of_link(link, head)] if self._audit.copies else headers_of_link(link, head)
+            is_copied = self._audit.copies and size_of(record, headers) <= self._audit.largest_bytes
+            kept = [*headers, *headers_of_link(link, head)] if is_copied else headers_of_link(link, head)
             future: Future[Acknowledged] = Future()
             acknowledged.append(future)
             self._producer.send(
-                topic, key if self._audit.copies else None, value if self._audit.copies else None, kept,
+                topic, key if is_copied else None, value if is_copied else None, kept,
                 lambda result, future=future: _settle(future, result), partition=partition,  # type: ignore[misc]
             )  # fmt: skip
             positions[place] = offset + 1
@@ -207,21 +243,27 @@ class Chain:
 
     def _commit(self, positions: Mapping[Place, int], head: Head, end: int) -> None:
         """Raises NotPublished. Without transactions a commit that fails is made up for by the next one."""
-        places = [TopicPartition(*place, offset) for place, offset in positions.items()]
+        places = self._commits(positions)
         places.append(TopicPartition(*self._place, end, str(head)))
         if self._transactions is not None:
             self._transactions.commit(places, self._consumer.group_metadata(), ACK_SECONDS)
-        else:
-            self._consumer.commit_now(places)
-        self._shown = dict(positions)
+        elif not self._consumer.commit_now(places):
+            return
+        self._shown, self._next_renewal = dict(positions), time.monotonic() + RENEWAL_SECONDS
 
     def _show(self) -> None:
-        """How far it has read where nothing was to be audited, such as a transaction's markers."""
-        if self.positions == self._shown or time.monotonic() < self._next_show:
+        """How far it has read where nothing was to be audited, such as a transaction's markers; and all of it once a day, as a
+        group's positions are forgotten that nobody renews."""
+        now = time.monotonic()
+        if now < self._next_show or (self.positions == self._shown and now < self._next_renewal):
             return
-        self._next_show = time.monotonic() + SHOW_SECONDS
-        self._consumer.commit_now([TopicPartition(*place, offset) for place, offset in self.positions.items()])
-        self._shown = dict(self.positions)
+        self._next_show = now + SHOW_SECONDS
+        if self._consumer.commit_now(self._commits(self.positions)):
+            self._shown, self._next_renewal = dict(self.positions), now + RENEWAL_SECONDS
+
+    def _commits(self, positions: Mapping[Place, int]) -> list[TopicPartition]:
+        """With the ids of their topics: one that is made anew is another one."""
+        return [TopicPartition(*place, offset, self._ids.get(place[0], "")) for place, offset in positions.items()]
 
     def _end(self) -> int:
         try:
@@ -239,7 +281,7 @@ class Auditor:
         self._stopped = threading.Event()
         self._chains: dict[int, Chain | None] = {}
         """Those that are ours; None until it is read where they are."""
-        self._transacts: bool | None = None
+        self._transacts = True
         self._turned = 0.0
         self._said, self._next_say = "", 0.0
         self._thread = threading.Thread(target=self._run, name=f"audit-{audit.name}", daemon=True)
@@ -270,6 +312,7 @@ class Auditor:
             for place in places:
                 self._give_up(place.partition)
                 self._chains.pop(place.partition, None)
+                self._recovered(place.partition)
 
         consumer.subscribe([self._audit.topic.name], assigned, gone, gone)
         while not self._stopped.is_set():
@@ -277,7 +320,10 @@ class Auditor:
                 consumer.poll_paused(0.0 if any(self._chains.values()) else TURN_SECONDS)
                 self._turned = time.monotonic()
                 for partition in list(self._chains):
-                    self._turn(partition, consumer)
+                    consumer.poll_paused(0.0)  # with many chains a turn takes long
+                    self._turned = time.monotonic()
+                    if partition in self._chains:
+                        self._turn(partition, consumer)
             except ConsumerFailed as error:
                 self._trouble(str(error))
             except Exception:
@@ -291,11 +337,9 @@ class Auditor:
         try:
             chain = self._chains[partition]
             if chain is None:
-                chain = self._chains[partition] = Chain(
-                    self._audit, partition, self._around, consumer, self._admin, transacts=self._can_transact()
-                )
+                chain = self._chains[partition] = self._open(partition, consumer)
             chain.turn(lambda: time.monotonic() - self._turned < UNSURE_SECONDS)
-            self._around.alerts.recovered(ALERT, f"{self._audit.name}-{partition}", self._audit.topic.name)
+            self._recovered(partition)
         except (Broken, NotPublished, ConsumerFailed, AdminError, TimeoutError) as error:
             self._give_up(partition)
             self._trouble(f"partition {partition}: {error}")
@@ -308,24 +352,41 @@ class Auditor:
             self._chains[partition] = None
             chain.close()
 
-    def _can_transact(self) -> bool:
-        """Whether the cluster has transactions."""
-        if self._transacts is None:
+    def _open(self, partition: int, consumer: KafkaConsumer) -> Chain:
+        """With transactions, if the cluster has them. Raises as Chain does."""
+        settings = self._around.settings
+        quiet = self._around._replace(settings=replace(settings, kafka={**settings.kafka, "log_level": "0"}))
+        if self._transacts:
             try:
-                quiet = replace(self._around.settings, kafka={**self._around.settings.kafka, "log_level": "0"})
-                TransactionalProducer(quiet, f"{self._audit.name}-probe").close(1.0)
-                self._transacts = True
+                return Chain(self._audit, partition, quiet, consumer, self._admin, self._say, transacts=True)
             except NotPublished as error:
-                logger.info("audit_without_transactions name=%s reason=%s", self._audit.name, error)
+                if not error.lacks_transactions:
+                    raise
                 self._transacts = False
-        return self._transacts
+                logger.warning(
+                    "audit_without_transactions name=%s effect=a writer that is suspended may leave a copy too many reason=%s",
+                    self._audit.name, error,
+                )  # fmt: skip
+        return Chain(self._audit, partition, self._around, consumer, self._admin, self._say, transacts=False)
+
+    def _recovered(self, partition: int) -> None:
+        self._around.alerts.recovered(ALERT, f"{self._audit.name}-{partition}", self._audit.topic.name)
 
     def _trouble(self, error: str) -> None:
+        self._say(error)
+        self._stopped.wait(TROUBLE_SECONDS)
+
+    def _say(self, error: str) -> None:
         """It is logged when it is another than the last one, and once a minute."""
         if error != self._said or time.monotonic() >= self._next_say:
             self._said, self._next_say = error, time.monotonic() + SAY_SECONDS
             logger.error("audit_waits name=%s error=%s", self._audit.name, error)
-        self._stopped.wait(TROUBLE_SECONDS)
+
+
+def size_of(record: Message, headers: Sequence[tuple[str, str | bytes | None]]) -> int:
+    """Of the record in bytes, about."""
+    parts = [record.key() or b"", record.value() or b"", *(part or b"" for header in headers for part in header)]
+    return sum(map(len, parts))
 
 
 def _settle(future: "Future[Acknowledged]", result: Acknowledged | NotPublished) -> None:

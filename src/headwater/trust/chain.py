@@ -2,6 +2,7 @@
 
     headers   those of the event, then
               headwater-audit-source     TOPIC:PARTITION:OFFSET of the event
+              headwater-audit-topic-id   of its topic: one that is made anew is another one
               headwater-audit-time       its timestamp, in milliseconds
               headwater-audit-sequence   1, 2, 3, ... in this partition of the audit topic
               headwater-audit-digest     SHA-256 of the event, in hex
@@ -10,14 +11,14 @@
 
     digest   = SHA-256( bytes(key) bytes(value) count(headers) { bytes(name) bytes(value) }* )
     bytes(x) = length i32 big-endian, -1 for null, then the bytes          count = i32 big-endian
-    hash n   = SHA-256( hash n-1 as 32 bytes, then the text "SEQUENCE SOURCE TIME DIGEST" )
+    hash n   = SHA-256( hash n-1 as 32 bytes, then the text "SEQUENCE SOURCE TOPIC_ID TIME DIGEST" )
     hash 0   = SHA-256( the text "headwater audit 1 TOPIC PARTITION" ), of the audit topic's partition
 
-Worked example, of partition 0 of `audit`: an event without headers, key `k`, value `v`, at `orders:2:7`, time 1000:
+Worked example, partition 0 of `audit`: an event without headers, key `k`, value `v`, at `orders:2:7`, topic id `id`, time 1000:
 
     digest   83f1a4a6be7ec7ed7cdbe36190516bbe976c9ae14ffe7fe27ec055d1193f55a3
     hash 0   6bebfcea32cff1540ccaf65e0b715d9d7962023c7df7eddd512c54ac5d4e6ea4
-    hash 1   3eb0093721203789f662b8b447ac98479fe83114c7c161ff092262f4596d3112
+    hash 1   533421595c7698c47db93755e44598f68a94927e909ca954d4a2db3c97388d72
 """
 
 import hashlib
@@ -26,7 +27,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 PREFIX = "headwater-audit-"
-SOURCE, TIME, SEQUENCE, DIGEST, HASH = (f"{PREFIX}{name}" for name in ("source", "time", "sequence", "digest", "hash"))
+NAMES = ("source", "topic-id", "time", "sequence", "digest", "hash")
+SOURCE, TOPIC_ID, TIME, SEQUENCE, DIGEST, HASH = (f"{PREFIX}{name}" for name in NAMES)
+
+LINK_HEADERS = len(NAMES)
 
 Headers = Sequence[tuple[str, bytes | str | None]]
 
@@ -45,6 +49,7 @@ class Link(NamedTuple):
     """What makes an event part of a chain."""
 
     source: str
+    topic_id: str
     time_ms: int
     digest: str
 
@@ -66,7 +71,7 @@ def _framed(data: bytes | None) -> bytes:
 
 def after(head: Head, link: Link) -> Head:
     sequence = head.sequence + 1
-    text = f"{sequence} {link.source} {link.time_ms} {link.digest}"
+    text = f"{sequence} {link.source} {link.topic_id} {link.time_ms} {link.digest}"
     return Head(sequence, hashlib.sha256(head.hash + text.encode()).digest())
 
 
@@ -74,6 +79,7 @@ def headers_of_link(link: Link, head: Head) -> list[tuple[str, str | bytes | Non
     """head: with the link."""
     return [
         (SOURCE, link.source.encode()),
+        (TOPIC_ID, link.topic_id.encode()),
         (TIME, str(link.time_ms).encode()),
         (SEQUENCE, str(head.sequence).encode()),
         (DIGEST, link.digest.encode()),
@@ -83,10 +89,10 @@ def headers_of_link(link: Link, head: Head) -> list[tuple[str, str | bytes | Non
 
 def link_in(headers: Headers) -> tuple[Link, Head] | None:
     """What a record of an audit topic says of itself; None when it says nothing of the kind."""
-    found = {name: content for name, content in headers if name.startswith(PREFIX)}
+    found = dict(headers[-LINK_HEADERS:])  # what comes before is the event's, whatever it is called
     try:
-        said = {name: found[name].decode() for name in (SOURCE, TIME, SEQUENCE, DIGEST, HASH)}  # type: ignore[union-attr]
-        link = Link(said[SOURCE], int(said[TIME]), said[DIGEST])
+        said = {name: found[name].decode() for name in map(PREFIX.__add__, NAMES)}  # type: ignore[union-attr]
+        link = Link(said[SOURCE], said[TOPIC_ID], int(said[TIME]), said[DIGEST])
         return link, Head(int(said[SEQUENCE]), bytes.fromhex(said[HASH]))
     except (KeyError, ValueError, AttributeError):
         return None

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+Place = tuple[str, str, int]
+"""A topic, its id, and the number of a partition."""
+Event = tuple[str, str, int, int]
+"""A place and an offset."""
+
 MOST_GONE = 100_000
 """Records of one gap whose numbers are remembered, in case they come later."""
 
@@ -46,13 +51,15 @@ class Verifier:
         self.partition = partition
         self.findings: list[Finding] = []
         self.records = 0
+        self.first = 1
+        """The record that it begins with."""
         self.spare = 0
         """Copies too many, of a writer that was suspended: no part of the chain, and of events that are in it."""
         self.sequence = 0
         self._hashes = {hashlib.sha256(f"headwater audit 1 {topic} {partition}".encode()).hexdigest()}
         """What may be the hash of the last record: what it says, and what it should be where that differs; none: anything."""
-        self.events: dict[tuple[str, int], dict[int, str]] = {}
-        """The digests by offset, of each topic and partition."""
+        self.events: dict[Place, dict[int, str]] = {}
+        """The digests by offset."""
         self._believes = not is_whole
         self._gone: set[int] = set()
         self._at = 0
@@ -69,8 +76,8 @@ class Verifier:
 
     def feed(self, offset: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
         self._at = offset
-        said = {name[16:]: str(_text(content)) for name, content in headers if name.startswith("headwater-audit-")}
-        own = [(name, content) for name, content in headers if not name.startswith("headwater-audit-")]
+        own, last = headers[:-6], headers[-6:]  # the audit's come last, whatever the event's are called
+        said = {name[16:]: str(_text(content)) for name, content in last if name.startswith("headwater-audit-")}
         if not said:
             self._find(Fault.INSERTED, "it is no audit record")
             return
@@ -79,8 +86,8 @@ class Verifier:
             sequence, hash_, digest = int(said["sequence"]), said["hash"], said["digest"]
             bytes.fromhex(hash_)
             topic, partition, source_offset = said["source"].rsplit(":", 2)
-            event = (topic, int(partition), int(source_offset))
-            rest = f" {said['source']} {said['time']} {digest}"
+            event = (topic, said["topic-id"], int(partition), int(source_offset))
+            rest = f" {said['source']} {said['topic-id']} {said['time']} {digest}"
         except (KeyError, ValueError):
             self._find(Fault.CHANGED, "what it says of itself can't be read")
             self.sequence, self._hashes = self.sequence + 1, set()
@@ -91,6 +98,7 @@ class Verifier:
             self._find(Fault.CHANGED, f"record {sequence}: the event of {said['source']} is not what was audited")
         if self._believes:
             self._believes = False
+            self.first = sequence
             self._go_on(sequence, {hash_}, event, digest)
             return
         wanted = self.sequence + 1
@@ -115,7 +123,7 @@ class Verifier:
             )
             self._go_on(sequence, {hash_}, event, digest)
 
-    def _go_on(self, sequence: int, hashes: set[str], event: tuple[str, int, int] | None, digest: str) -> None:
+    def _go_on(self, sequence: int, hashes: set[str], event: Event | None, digest: str) -> None:
         """event: None when it is not sure whose record it is."""
         self.sequence, self._hashes = sequence, hashes
         if self._kept.get(sequence, self.hash) not in hashes:
@@ -126,50 +134,73 @@ class Verifier:
     def end(self) -> None:
         """All was fed."""
         for sequence in self._kept:
+            if sequence < self.first:
+                self._find(
+                    Fault.HEAD,
+                    f"the chain begins at record {self.first}, and went through {sequence}: its beginning is cut off",
+                )
             if sequence > self.sequence:
                 self._find(
                     Fault.HEAD, f"the chain ends at record {self.sequence}, and went to {sequence}: its end is cut off"
                 )
 
-    def _judge_late(self, sequence: int, event: tuple[str, int, int], digest: str) -> None:
+    def _judge_late(self, sequence: int, event: Event, digest: str) -> None:
         if sequence in self._gone:
             self._gone.discard(sequence)
             self._find(Fault.MOVED, f"record {sequence} stands behind record {self.sequence}")
             self._note(event, digest)
-        elif self.events.get(event[:2], {}).get(event[2]) == digest:
+        elif self.events.get(event[:3], {}).get(event[3]) == digest:
             self.spare += 1
         else:
             self._find(Fault.INSERTED, f"it says that it is record {sequence}, which there is")
 
-    def _note(self, event: tuple[str, int, int], digest: str) -> None:
-        known = self.events.setdefault(event[:2], {})
-        if event[2] in known:
-            self._find(Fault.INSERTED, f"the event of {event[0]}:{event[1]}:{event[2]} is in the chain twice")
-        known[event[2]] = digest
+    def _note(self, event: Event, digest: str) -> None:
+        known = self.events.setdefault(event[:3], {})
+        if event[3] in known:
+            self._find(Fault.INSERTED, f"the event of {event[0]}:{event[2]}:{event[3]} is in the chain twice")
+        known[event[3]] = digest
 
     def _find(self, fault: Fault, detail: str) -> None:
         self.findings.append(Finding(self.partition, self._at, fault, detail))
 
 
-def judge_event(
-    verifiers: Sequence[Verifier],
-    topic: str,
-    partition: int,
-    offset: int,
-    key: bytes | None,
-    value: bytes | None,
-    headers: Headers,
-) -> Finding | None:
-    """What is wrong with an event of a topic that is audited."""
-    for each in verifiers:
-        digest = each.events.get((topic, partition), {}).get(offset)
-        if digest is not None:
-            if digest == _digest(key, value, headers):
+class Events:
+    """The events of audited topics, beside their records."""
+
+    def __init__(self, verifiers: Sequence[Verifier]) -> None:
+        self.compared = 0
+        self.before = 0
+        """Older than the first record that is left."""
+        self.waiting = 0
+        """Newer than what is audited: their records may be still to come."""
+        self._digests: dict[Place, dict[int, str]] = {}
+        for each in verifiers:
+            for place, known in each.events.items():
+                self._digests.setdefault(place, {}).update(known)
+        self._ends = {place: (min(known), max(known)) for place, known in self._digests.items()}
+        self._is_whole = all(each.first == 1 for each in verifiers)
+
+    def judge(
+        self, place: Place, offset: int, key: bytes | None, value: bytes | None, headers: Headers
+    ) -> Finding | None:
+        """What is wrong with an event."""
+        topic, _, partition = place
+        digest = self._digests.get(place, {}).get(offset)
+        if digest is None:
+            oldest, newest = self._ends.get(place, (-1, -1))
+            if offset > newest:
+                self.waiting += 1
+                return None
+            if not self._is_whole and offset < oldest:
+                self.before += 1
                 return None
             return Finding(
-                partition, offset, Fault.CHANGED, f"the event of {topic}:{partition}:{offset} was changed since"
+                partition, offset, Fault.NOT_AUDITED, f"the event of {topic}:{partition}:{offset} has no record"
             )
-    return Finding(partition, offset, Fault.NOT_AUDITED, f"the event of {topic}:{partition}:{offset} has no record")
+        self.compared += 1
+        if digest == _digest(key, value, headers):
+            return None
+        return Finding(partition, offset, Fault.CHANGED, f"the event of {topic}:{partition}:{offset} was changed since")
 
 
 def _digest(key: bytes | None, value: bytes | None, headers: Headers) -> str:

@@ -1,4 +1,4 @@
-"""What the services' web sides share: where they listen, and health apart from readiness."""
+"""What the examples' web sides share: health apart from readiness, and requests that can't be read."""
 
 import os
 from collections.abc import Sequence
@@ -13,11 +13,9 @@ from starlette.routing import Route
 
 from headwater import App
 
-PORTS = {"orders": 8000, "users": 8001, "catalog": 8002, "carts": 8003, "inventory": 8004, "history": 8005}
 
-
-def serve(app: App, service: str, routes: Sequence[Route]) -> Starlette:
-    """Served with the application's handlers; `SHOP_<SERVICE>_PORT` says where, else PORTS."""
+def serve(app: App, variable: str, port: int, routes: Sequence[Route]) -> Starlette:
+    """Served with the application's handlers, on the port that a variable of the environment says, or else on that one."""
 
     async def health(request: Request) -> JSONResponse:
         """The process answers; its database is enough for that."""
@@ -34,7 +32,7 @@ def serve(app: App, service: str, routes: Sequence[Route]) -> Starlette:
             yield
 
     web = Starlette(routes=[*routes, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
-    app.web(web, port=int(os.environ.get(f"SHOP_{service.upper()}_PORT", PORTS[service])))
+    app.web(web, port=int(os.environ.get(variable, port)))
     return web
 
 

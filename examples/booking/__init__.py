@@ -1,0 +1,1 @@
+"""Booking: practitioners, their free hours, who takes them, and two read models that can be lost."""
