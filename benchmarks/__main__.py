@@ -1,8 +1,8 @@
-"""`make bench`: everything, or `python -m benchmarks broker|app|delivery|registry|formats|outbox|projections` for one part."""
+"""`make bench`: everything, or `python -m benchmarks NAME` for one of PARTS."""
 
 import sys
 
-from benchmarks import app, broker, delivery, formats, outbox, projections, registry
+from benchmarks import app, broker, delivery, formats, orders, outbox, projections, registry
 
 PARTS = {
     "broker": broker.run,
@@ -10,6 +10,7 @@ PARTS = {
     "delivery": delivery.run,
     "registry": registry.run,
     "formats": formats.run,
+    "orders": orders.run,
     "outbox": outbox.run,
     "projections": projections.run,
 }

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,22 @@ def free_port(wanted: int, who: str) -> int:
             except OSError:
                 continue
             found = int(each.getsockname()[1])
-            if found != wanted:
+            if wanted and found != wanted:
                 print(f"port {wanted} is in use: {who} listens on {found}", flush=True)
             return found
     raise OSError("no port is free")
 
 
+def any_port(usual: int, who: str) -> int:
+    """For runs beside others."""
+    return free_port(0, who)
+
+
 class Outside:
     """What an example needs that is not of its making, and where it is."""
 
-    def __init__(self, example: str, environment: dict[str, str]) -> None:
-        """environment: of everything that is started."""
+    def __init__(self, example: str, environment: dict[str, str], port: Callable[[int, str], int]) -> None:
+        """environment: of everything that is started. port: finds one, by the usual one and who has it."""
         self.urls: dict[str, str] = {}
         self.environment: dict[str, str] = {}
         """What the applications are told."""
@@ -60,20 +66,20 @@ class Outside:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._servers: list[Any] = []
         if example == "shop":
-            port = free_port(8090, "the payment gateway")
-            self.urls["payment-gateway"] = self.environment["SHOP_PAYMENT_URL"] = f"http://127.0.0.1:{port}"
-            self._start("payment", "--port", str(port))
+            found = port(8090, "the payment gateway")
+            self.urls["payment-gateway"] = self.environment["SHOP_PAYMENT_URL"] = f"http://127.0.0.1:{found}"
+            self._start("payment", "--port", str(found))
         else:
-            self._start_booking()
+            self._start_booking(port)
 
-    def _start_booking(self) -> None:
+    def _start_booking(self, port: Callable[[int, str], int]) -> None:
         from tests.kit import install
         from tests.kit.opensearch import OpenSearchServer
         from tests.kit.redis import RedisServer
 
         install.install_packages()
         install.install_opensearch()
-        sms, smtp, mails = (free_port(port, who) for port, who in ((8091, "SMS"), (2525, "SMTP"), (8092, "mails")))
+        sms, smtp, mails = (port(usual, who) for usual, who in ((8091, "SMS"), (2525, "SMTP"), (8092, "mails")))
         self._start("sms", "--port", str(sms))
         self._start("mail", "--port", str(smtp), "--http-port", str(mails))
         self.urls.update({"sms": f"http://127.0.0.1:{sms}", "mails": f"http://127.0.0.1:{mails}"})
@@ -104,29 +110,34 @@ class Run:
     """The processes of one run, in a directory that goes when they go."""
 
     def __init__(
-        self, example: str, engine: str, environment: dict[str, str] | None = None, kafka: dict[str, str] | None = None
+        self,
+        example: str,
+        engine: str,
+        environment: dict[str, str] | None = None,
+        kafka: dict[str, str] | None = None,
+        port: Callable[[int, str], int] = free_port,
     ) -> None:
-        """kafka: settings of the Kafka nodes."""
+        """kafka: settings of the Kafka nodes. port: finds one, by the usual one and who has it."""
         self.example = example
         self.folder = tempfile.TemporaryDirectory(prefix=f"headwater-{example}-")
         self.data = Path(self.folder.name)
-        ports = {name: (variable, free_port(port, name)) for name, (variable, port) in WEB[example].items()}
-        self.urls = {name: f"http://127.0.0.1:{port}" for name, (_, port) in ports.items()}
+        ports = {name: (variable, port(usual, name)) for name, (variable, usual) in WEB[example].items()}
+        self.urls = {name: f"http://127.0.0.1:{number}" for name, (_, number) in ports.items()}
         self.url = next(iter(self.urls.values()))
         self.environment = {
             **os.environ,
-            **{variable: str(port) for variable, port in ports.values()},
+            **{variable: str(number) for variable, number in ports.values()},
             **(environment or {}),
         }
         self.environment.pop("HEADWATER_BOOTSTRAP_SERVERS", None)
-        self.outside = Outside(example, self.environment)
+        self.outside = Outside(example, self.environment, port)
         self.environment.update(self.outside.environment)
         self.urls.update(self.outside.urls)
         self.cluster: Any = None
         if engine == "embedded":
-            port = free_port(9092, "the broker")
-            self.servers = f"127.0.0.1:{port}"
-            where = ["--port", str(port)]
+            number = port(9092, "the broker")
+            self.servers = f"127.0.0.1:{number}"
+            where = ["--port", str(number)]
         else:
             from tests.kit.kafka import KafkaCluster
 

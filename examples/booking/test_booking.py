@@ -27,7 +27,7 @@ from examples.booking.domain import availability, bookings, practitioners
 from examples.booking.feed import FIRST_DAY, booking, practitioner
 from examples.booking.index import PRACTITIONERS, SLOTS
 from examples.booking.rebuild import GROUPS
-from examples.run import Run
+from examples.run import Run, any_port
 from headwater import Settings, Topic
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
@@ -42,7 +42,7 @@ DAYS, SLOTS_A_DAY = 10, 16
 def running(engine: str, **kafka: str) -> Iterator[Run]:
     if engine != "embedded":
         make_archive()
-    run = Run("booking", engine, kafka=kafka)
+    run = Run("booking", engine, kafka=kafka, port=any_port)
     try:
         run.wait_ready()
         yield run

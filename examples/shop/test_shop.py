@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from tests.conftest import Engine, Evidence
 from tests.kit.clients import wait_until
 from tests.kit.kafka import make_archive
 
-from examples.run import APPS, Run, free_port
+from examples.run import APPS, Run, any_port, free_port
 from examples.shop.domain import (
     AUDIT,
     CATALOGUE,
@@ -60,7 +62,7 @@ ENGINES = ("embedded", "kafka")
 def shop(request: pytest.FixtureRequest) -> Iterator[Run]:
     if request.param == "kafka":
         make_archive()
-    run = Run("shop", request.param)
+    run = Run("shop", request.param, port=any_port)
     run.wait_ready()
     yield run
     assert run.stop() == 0
@@ -138,7 +140,7 @@ def busy(request: pytest.FixtureRequest) -> Iterator[Run]:
         "SHOP_DISPATCHED_AFTER": "200ms", "SHOP_DELIVERED_AFTER": "400ms",
         "HEADWATER_KAFKA_SESSION_TIMEOUT_MS": "6000",  # one that is killed is missed soon
     }  # fmt: skip
-    run = Run("shop", request.param, settings)
+    run = Run("shop", request.param, settings, port=any_port)
     run.wait_ready()
     yield run
     assert run.stop() == 0
@@ -492,7 +494,7 @@ def test_three_failed_payments_of_a_customer_are_one_signal(busy: Run) -> None:
 @pytest.mark.server
 def test_reading_works_with_the_broker_away(tmp_path: Path) -> None:
     """S001.15: `GET /orders/{id}` and `/health` answer, `/ready` says what is missing; back again, it is ready."""
-    run = Run("shop", "embedded")
+    run = Run("shop", "embedded", port=any_port)
     run.wait_ready()
     try:
         assert place(run.url, "away-1").status_code == 202
@@ -759,12 +761,82 @@ def test_a_kill_between_charge_and_commit_charges_once(embedded: Engine, tmp_pat
         bank.wait(10)
 
 
+def test_tiers_are_the_seeds() -> None:
+    """S003-1.6, S003-1.7, S003-1.8: what the lag of each service should stay under, and where it alarms."""
+    from examples.shop import analytics as analytics_service
+    from examples.shop import inventory as inventory_service
+    from examples.shop import notifications as notification_service
+    from examples.shop import warehouse as warehouse_service
+
+    tiers = {
+        handler.group: handler.options.tier
+        for service in (inventory_service, warehouse_service, notification_service, analytics_service)
+        for handler in service.app.handlers
+    }
+    found = {group: (tier.target_seconds, tier.alarm_seconds) for group, tier in tiers.items() if tier is not None}
+    assert found == {
+        "inventory-reservation": (30, 30), "warehouse-fulfillment": (300, 600), "customer-notifications": (120, 600),
+        "analytics-pipeline": (24 * 3600, 3600),
+    }  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_fifty_thousand_orders_an_hour_and_a_burst(engine_name: str, evidence: Evidence) -> None:
+    """S003-1.1: 14 a second for ten minutes, then 140 a second for one: no tier alarms, and all is done soon after."""
+    alerts: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            alerts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    hook = HTTPServer(("127.0.0.1", 0), Hook)
+    threading.Thread(target=hook.serve_forever, daemon=True).start()
+    run = Run("shop", engine_name, {"HEADWATER_ALERT_WEBHOOK": f"http://127.0.0.1:{hook.server_port}/"}, port=any_port)
+    run.wait_ready()
+    try:
+        placed = asyncio.run(at_rate(run.url, 14, 600, 0))
+        placed += asyncio.run(at_rate(run.url, 140, 60, placed))
+        ended = time.monotonic()
+        wait_until(lambda: settled(run, placed), "all services", 600)
+        caught_up = time.monotonic() - ended
+    finally:
+        assert run.stop() == 0
+        hook.shutdown()
+    assert [alert for alert in alerts if alert["alert"] == "tier"] == []
+    evidence.write("shop-peak", {"engine": engine_name, "orders": placed, "seconds until all is done": round(caught_up),
+                                 "alarms": len(alerts)})  # fmt: skip
+
+
+async def at_rate(url: str, per_second: int, seconds: int, first: int) -> int:
+    """Orders of CDNOW's customers, evenly; how many were accepted."""
+    rows = list(purchases(first + per_second * seconds))[first:]
+    accepted = 0
+    began = time.monotonic()
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=50)) as client:
+
+        async def one(purchase: Any) -> None:
+            nonlocal accepted
+            accepted += (await client.post("/orders", json=body(purchase))).status_code == 202
+
+        async with asyncio.TaskGroup() as tasks:
+            for i, purchase in enumerate(rows):
+                await asyncio.sleep(max(0.0, began + i / per_second - time.monotonic()))
+                tasks.create_task(one(purchase))
+    return accepted
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("engine_name", ENGINES)
 def test_all_purchases_to_the_cent(engine_name: str, evidence: Evidence) -> None:
     """S003-1.2: 69,659 purchases, 2,500,315.63 in every service."""
-    run = Run("shop", engine_name)
+    run = Run("shop", engine_name, port=any_port)
     run.wait_ready()
     started = time.monotonic()
     try:

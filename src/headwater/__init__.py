@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from headwater.settings import Settings
     from headwater.store.database import Database
     from headwater.store.outbox import Outbox
-    from headwater.store.read_model import Rows
+    from headwater.store.rows import Rows
     from headwater.store.unit_of_work import UnitOfWork
     from headwater.trust.audit import Audit
 
@@ -41,7 +41,7 @@ PUBLIC = {
     "Profile": "headwater.kafka.producer",
     "Projection": "headwater.domain.projection",
     "Retry": "headwater.runtime.retry",
-    "Rows": "headwater.store.read_model",
+    "Rows": "headwater.store.rows",
     "Saga": "headwater.domain.saga",
     "Settings": "headwater.settings",
     "Step": "headwater.domain.saga_decision",

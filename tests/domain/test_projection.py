@@ -33,8 +33,9 @@ from headwater.domain.rebuild import CannotRebuild, Rebuild
 from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.schemas import Schemas
 from headwater.store import read_model
+from headwater.store import rows as rows_module
 from headwater.store.database import Database
-from headwater.store.read_model import InvalidReadModel, Side, TableRows, shape_of
+from headwater.store.rows import InvalidReadModel, Side, TableRows, shape_of
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.running import Running, settings_for
@@ -888,7 +889,7 @@ def test_rows_in_memory_are_those_of_the_table(changes: list[tuple[str, int, int
 
 def test_rows_by_copy_are_those_of_the_table(postgres: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same on PostgreSQL, with COPY for all that is written: 150 random histories."""
-    monkeypatch.setattr(read_model, "COPY_ROWS", 1)
+    monkeypatch.setattr(rows_module, "COPY_ROWS", 1)
     kinds = ["put", "get", "delete", "find", "write", "forget"]
     for seed in range(150):
         chance = random.Random(seed)

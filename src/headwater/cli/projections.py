@@ -19,7 +19,7 @@ from headwater.runtime.app import App, CannotStart
 from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import Schemas
 from headwater.store import read_model, tables
-from headwater.store.read_model import Side
+from headwater.store.rows import Side
 
 app = typer.Typer(no_args_is_help=True, help="Read models: list, rebuild, digest, skip.")
 

@@ -45,7 +45,7 @@ from headwater.runtime.app import App
 from headwater.runtime.assignment import Received
 from headwater.runtime.decoding import SchemaSource, TopicDecoder
 from headwater.runtime.subscription import Runner, Surroundings
-from headwater.store.read_model import Rows, Shape, Side, shape_of
+from headwater.store.rows import Rows, Shape, Side, shape_of
 
 F = TypeVar("F", bound=Callable[..., None])
 

@@ -26,7 +26,8 @@ from headwater.runtime.subscription import Surroundings
 from headwater.store import read_model
 from headwater.store.database import is_unavailable
 from headwater.store.lock import Lock
-from headwater.store.read_model import Progress, Rows, Side, Stuck, TopicProgress
+from headwater.store.read_model import Progress, Stuck, TopicProgress
+from headwater.store.rows import Rows, Side
 
 logger = logging.getLogger(__name__)
 

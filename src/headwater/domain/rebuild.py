@@ -28,7 +28,8 @@ from headwater.settings import Settings
 from headwater.store import read_model
 from headwater.store.database import Database, is_unavailable
 from headwater.store.lock import Lock
-from headwater.store.read_model import Digest, Progress, Rows, Side, digest, shape_of
+from headwater.store.read_model import Digest, Progress, digest
+from headwater.store.rows import Rows, Side, shape_of
 
 GC_THRESHOLD = 100_000
 """Rows by the ten thousand are no garbage: looking for it among them takes a quarter of the time."""
