@@ -132,7 +132,11 @@ class Work:
         self.stopped.set()
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+        try:
+            task = asyncio.get_running_loop().create_task(work)
+        except RuntimeError:  # the loop has ended: what was left of it is being thrown away
+            work.close()
+            return
         self.tasks.add(task)
         task.add_done_callback(self._task_over)
 
