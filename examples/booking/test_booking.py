@@ -31,7 +31,8 @@ from examples.run import Run, any_port
 from headwater import Settings, Topic
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import KafkaReader, headers_of
+from headwater.kafka.consumer import Message, headers_of
+from headwater.kafka.reader import read_all
 
 TOPICS = (bookings, availability, practitioners)
 PEOPLE = 12
@@ -187,23 +188,15 @@ def test_a_cancelled_slot_can_be_found_again(system: Run) -> None:
     assert events[row["event"]].causation_id in cancelled
 
 
+def records_of(run: Run, topic: Topic) -> Iterator[Message]:
+    settings = Settings(run.servers)
+    return read_all(settings, KafkaAdmin(settings), [topic.name])
+
+
 def told(run: Run, topic: Topic) -> list[Any]:
     """All events of a topic."""
-    places = [(topic.name, i) for i in range(topic.partitions)]
-    admin = KafkaAdmin(Settings(run.servers))
-    starts, ends = admin.start_offsets(places), admin.end_offsets(places)
-    reader = KafkaReader(Settings(run.servers), starts)
     decoder = Decoder(topic.events)
-    found = []
-    try:
-        left = {place for place, end in ends.items() if end > starts[place]}
-        while left:
-            records, ended = reader.take(1000, 1.0)
-            found += [decoder.decode(record.value() or b"") for record in records if record.value() is not None]
-            left -= {place for place, end in ended.items() if end >= ends[place]}
-    finally:
-        reader.close()
-    return found
+    return [decoder.decode(record.value() or b"") for record in records_of(run, topic) if record.value() is not None]
 
 
 @pytest.mark.server
@@ -311,17 +304,8 @@ def test_events_that_come_twice_leave_the_same_bitmap(system: Run) -> None:
     wait_equal(system)
     before = taken(system), unfree(system)
     records: dict[bytes, list[Any]] = {}
-    places = [(bookings.name, i) for i in range(bookings.partitions)]
-    admin = KafkaAdmin(Settings(system.servers))
-    starts, ends = admin.start_offsets(places), admin.end_offsets(places)
-    reader = KafkaReader(Settings(system.servers), starts)
-    left = {place for place, end in ends.items() if end > starts[place]}
-    while left:
-        found, ended = reader.take(1000, 1.0)
-        for record in found:
-            records.setdefault(record.key() or b"", []).append(record)
-        left -= {place for place, end in ended.items() if end >= ends[place]}
-    reader.close()
+    for record in records_of(system, bookings):
+        records.setdefault(record.key() or b"", []).append(record)
     chance = random.Random(1)
     producer = Producer({"bootstrap.servers": system.servers})
     while records:

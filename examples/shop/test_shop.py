@@ -50,7 +50,7 @@ from headwater.event.codec import Decoder, Unknown, encode
 from headwater.event.data_format import WriterSchema, data_format
 from headwater.event.envelope import Cause
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import KafkaReader
+from headwater.kafka.reader import place_of, read_all
 from headwater.schema.schema import SchemaType
 
 PURCHASES = 69_659
@@ -165,21 +165,8 @@ def wait_status(run: Run, order_id: str, status: str) -> None:
 
 def told(run: Run, topic: Topic) -> list[Envelope]:
     """All events of a topic, in the order of their partitions."""
-    admin = KafkaAdmin(Settings(run.servers))
-    places = [(topic.name, index) for index in range(topic.partitions)]
-    reader = KafkaReader(Settings(run.servers), admin.start_offsets(places))
-    ends = admin.end_offsets(places)
-    decoder = Decoder(topic.events)
-    found: list[Envelope] = []
-    try:
-        left = {place for place, end in ends.items() if end > 0}
-        while left:
-            records, ended = reader.take(1000, 1.0)
-            found += [decoder.decode(record.value() or b"") for record in records]
-            left -= {place for place, end in ended.items() if end >= ends[place]}
-    finally:
-        reader.close()
-    return found
+    settings, decoder = Settings(run.servers), Decoder(topic.events)
+    return [decoder.decode(record.value() or b"") for record in read_all(settings, KafkaAdmin(settings), [topic.name])]
 
 
 def of_order(run: Run, topic: Topic, order_id: str) -> list[str]:
@@ -557,15 +544,13 @@ def test_events_that_come_twice_change_nothing(busy: Run) -> None:
     counts = {name: rows_of(busy, name) for name in SERVICES}
     stock = {sku: available(busy, sku) for sku in (f"sku-{order_id}" for order_id in placed)}
     producer = Producer({"bootstrap.servers": busy.servers})
-    reader = KafkaReader(Settings(busy.servers), {(t.name, i): 0 for t in topics for i in range(t.partitions)})
+    settings = Settings(busy.servers)
     copied = 0
-    while copied < sum(before.values()):
-        for record in reader.take(1000, 1.0)[0]:
-            if copied < sum(before.values()):
-                copied += 1
-                place_ = (record.topic() or "", record.partition() or 0)
-                producer.produce(place_[0], record.value(), record.key(), place_[1], headers=record.headers())
-    reader.close()
+    for record in read_all(settings, KafkaAdmin(settings), [topic.name for topic in topics]):
+        name, partition = place_of(record)
+        producer.produce(name, record.value(), record.key(), partition, headers=record.headers())
+        copied += 1
+    assert copied >= sum(before.values())
     assert producer.flush(30) == 0
     place(busy.url, "twice-last")
     wait_status(busy, "twice-last", "shipped")
@@ -658,18 +643,11 @@ def kill_everywhere(engine: Engine, url: str, folder: Path, name: str, whose: st
         saved = {row.order_id for row in connection.execute(text("SELECT order_id FROM orders"))}
     database.dispose()
     settings = Settings(engine.bootstrap_servers)
-    places = [(orders.name, i) for i in range(orders.partitions)]
-    ends = KafkaAdmin(settings).end_offsets(places)
-    reader = KafkaReader(settings, dict.fromkeys(places, 0))
     decoder = Decoder([OrderCreated])
     published = set()
-    left = {place for place, end in ends.items() if end > 0}
-    while left:
-        records, ended = reader.take(1000, 1.0)
+    for record in read_all(settings, KafkaAdmin(settings), [orders.name]):
         with contextlib.suppress(Unknown):
-            published |= {decoder.decode(record.value() or b"").data.order_id for record in records}
-        left -= {place for place, end in ended.items() if end >= ends[place]}
-    reader.close()
+            published.add(decoder.decode(record.value() or b"").data.order_id)
     assert {order_id for order_id in published if order_id.startswith(name)} == saved
     return Killed(kills, points, len(saved))
 

@@ -27,10 +27,11 @@ from typer.testing import CliRunner
 
 from headwater import App, Event, Projection, Rows, Tombstone, Topic
 from headwater.cli.commands import app as commands
-from headwater.domain import projector
+from headwater.domain import projector, rebuild
 from headwater.domain.projection import InvalidProjection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
 from headwater.kafka.admin import KafkaAdmin
+from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.schemas import Schemas
 from headwater.store import read_model
 from headwater.store import rows as rows_module
@@ -414,6 +415,35 @@ def test_a_rebuild_beside_the_live_one_is_never_behind_it(world: World) -> None:
     assert world.totals() == expected(events)
 
 
+def test_a_check_that_was_stopped_takes_nothing_from_the_next_rebuild(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked no further than the live side was, whatever there was to read: what it leaves behind says so. (both engines and
+    databases)"""
+    monkeypatch.setattr(rebuild, "SAVE_EVENTS", 1)
+    events = bought_events(200)
+    world.publish(*events[:100])
+    with Running(world.app):
+        wait_until(lambda: world.count() == 100, "the first 100")
+    world.publish(*events[100:])
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        world.rebuild(check=True, tell=stop)
+    assert world.progress(Side.REBUILD) is not None
+    with pytest.raises(CannotRebuild, match="a rebuild of customers was stopped"):
+        world.rebuild(check=True)
+
+    world.rebuild()
+
+    with Running(world.new_app()):
+        wait_until(lambda: world.count() == 200, "all events")
+    assert world.totals() == expected(events)
+
+
 def test_a_lost_read_model_is_built_from_the_log(world: World) -> None:
     """S000.14: with the rows and the progress gone, the rows of the rebuild have the digest of those that were lost. (both
     engines and databases)"""
@@ -530,7 +560,7 @@ def test_the_old_version_writes_nothing_into_the_new_ones_rows(small: World, cap
 def test_a_rebuild_that_was_stopped_goes_on(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and progress of a rebuild are saved together: begun again, it reads what is left, and its rows are right."""
     monkeypatch.setattr("headwater.domain.rebuild.SAVE_EVENTS", 100)
-    monkeypatch.setattr("headwater.domain.rebuild.TAKE", 50)
+    monkeypatch.setattr("headwater.kafka.reader.TAKE", 50)
     events = bought_events(1000)
     small.publish(*events)
 
@@ -603,7 +633,8 @@ def test_a_reader_that_holds_a_table_holds_up_the_exchange_and_loses_nothing(
 
 
 def test_what_new_tables_would_lack_refuses_a_rebuild(embedded: Engine, postgres: Any, unique: str) -> None:
-    """On PostgreSQL: a trigger, a policy, an index made by hand are named before anything is built."""
+    """On PostgreSQL: a policy, an index made by hand, a view of it, a foreign key to it, and what else would be lost is named
+    before anything is built."""
     with psycopg.connect(postgres.url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {unique}")
     world = World(embedded, f"postgresql://postgres@127.0.0.1:{postgres.port}/{unique}", unique)
@@ -613,6 +644,9 @@ def test_what_new_tables_would_lack_refuses_a_rebuild(embedded: Engine, postgres
     for make, name, drop in (
         ("CREATE POLICY mine ON customers_read USING (true)", "the policy mine", "DROP POLICY mine ON customers_read"),
         ("CREATE INDEX by_hand ON orders_read (customer_name)", "the index by_hand", "DROP INDEX by_hand"),
+        ("CREATE VIEW rich AS SELECT customer_id FROM customers_read WHERE cents > 10", "the view rich", "DROP VIEW rich"),
+        ("CREATE TABLE theirs (id text REFERENCES customers_read)", "the foreign key theirs_id_fkey of theirs",
+         "DROP TABLE theirs"),
         ("GRANT SELECT (cents) ON customers_read TO PUBLIC", "rights on the column cents",
          "REVOKE SELECT (cents) ON customers_read FROM PUBLIC"),
     ):  # fmt: skip
@@ -830,7 +864,7 @@ def test_what_cannot_work_is_refused(unique: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidProjection, match="two functions for Bought"):
         projection.on(good)
     projection.join(app)
-    with pytest.raises(InvalidProjection, match="has a group x already"):
+    with pytest.raises(InvalidHandler, match="has a group x already"):
         projection.join(app)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from headwater.cli.commands import app as commands
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.app import CannotStart
+from headwater.runtime.handler import InvalidHandler
 from headwater.trust import auditor, chain
 from headwater.trust.audit import InvalidAudit
 from headwater.trust.verifier import Fault, Verifier
@@ -52,7 +54,7 @@ def test_the_worked_example_is_right() -> None:
     """What the format's page says of one event is what is computed, by the writer and by the verifier."""
     digest = chain.digest_of(b"k", b"v", [])
     first = chain.beginning("audit", 0)
-    link = chain.Link("orders:2:7", "id", 1000, digest)
+    link = chain.Link("orders:2:7", "id", 1000, chain.Kept.COPY, digest)
     head = chain.after(first, link)
     page = chain.__doc__ or ""
     for value in (digest, first.hash.hex(), head.hash.hex()):
@@ -69,7 +71,9 @@ def written(count: int, *, copies: bool = True) -> list[Record]:
     for i in range(count):
         key, value = (f"k{i % 3}".encode(), f"value {i}".encode()) if i % 7 else (b"k", None)
         headers: list[tuple[str, Any]] = [("name", b"content"), ("empty", None)][: i % 3]
-        link = chain.Link(f"orders:{i % 2}:{i // 2}", "id", 1000 + i, chain.digest_of(key, value, headers))
+        digest = chain.digest_of(key, value, headers)
+        kept = chain.Kept.COPY if copies else chain.Kept.DIGEST
+        link = chain.Link(f"orders:{i % 2}:{i // 2}", "id", 1000 + i, kept, digest)
         head = chain.after(head, link)
         own = chain.headers_of_link(link, head)
         records.append(Record(key, value, [*headers, *own]) if copies else Record(None, None, own))
@@ -123,6 +127,22 @@ def test_every_change_of_a_byte_is_found() -> None:
         assert found[0].offset == at
 
 
+def test_a_copy_that_was_taken_away_is_found() -> None:
+    """S001.14: a record of which only the audit's own headers are left is no digest, nor is one made of a copy; and nothing is
+    put beside a digest."""
+    copies, digests = written(40), written(40, copies=False)
+    bare = copies[10]._replace(key=None, value=None, headers=copies[10].headers[-chain.LINK_HEADERS :])
+    renamed = bare._replace(headers=[(name, b"digest" if name == chain.KEPT else had) for name, had in bare.headers])
+    for records, tampered in (
+        (copies, bare),
+        (copies, renamed),
+        (digests, digests[10]._replace(key=b"k")),
+        (digests, digests[10]._replace(headers=[("name", b"content"), *digests[10].headers])),
+    ):
+        found = verified([*records[:10], tampered, *records[11:]]).findings
+        assert [(finding.fault, finding.offset) for finding in found] == [(Fault.CHANGED, 10)]
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_what_is_removed_moved_or_put_in_is_found(seed: int) -> None:
     """S001.14: with the records that it is about, and what is behind them is right again."""
@@ -139,7 +159,7 @@ def test_what_is_removed_moved_or_put_in_is_found(seed: int) -> None:
     found = verified(swapped)
     assert [finding.fault for finding in found.findings] == [Fault.MISSING, Fault.MOVED]
 
-    forged = chain.Link("orders:0:999", "id", 5, chain.digest_of(b"x", b"y", []))
+    forged = chain.Link("orders:0:999", "id", 5, chain.Kept.COPY, chain.digest_of(b"x", b"y", []))
     head = chain.after(chain.link_in(records[at].headers)[1], forged)  # type: ignore[index]
     inserted = Record(b"x", b"y", chain.headers_of_link(forged, head))
     found = verified([*records[: at + 1], inserted, *records[at + 1 :]])
@@ -214,7 +234,10 @@ class World:
         places = [(t.name, i) for t in (self.placed, self.paid) for i in range(t.partitions)]
         committed = admin.committed(self.audit.name)
         ends = admin.end_offsets(places)
-        return all(place in committed and committed[place].offset >= end for place, end in ends.items())
+        if any(place not in committed or committed[place].offset < end for place, end in ends.items()):
+            return False
+        chains = [(self.audit.topic.name, i) for i in range(self.audit.topic.partitions)]
+        return admin.last_stable_offsets(chains) == admin.end_offsets(chains)  # a transaction's markers come later
 
     def records(self) -> list[Any]:
         count = 2 * self.count
@@ -466,6 +489,49 @@ def test_an_event_may_have_headers_like_an_audits(embedded: Engine, unique: str)
     assert (code, found["records"], found["events"]) == (0, 3, 3)
 
 
+def test_what_retention_took_before_it_was_audited_is_passed_over_when_told(
+    engine: Engine, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits and says what to do; done to the letter, it goes on with what is left, and nothing is audited twice. (both
+    engines)"""
+    world = World(engine, unique)
+    with Running(world.app()):
+        world.publish(30)
+        wait_until(world.is_done, "all events to be audited")
+    world.publish(60)
+    admin = KafkaAdmin(settings_for(engine))
+    ends = admin.end_offsets([(world.placed.name, i) for i in range(3)])
+    gone = {place: end - 5 for place, end in ends.items() if place[1] != 2}
+    client = AdminClient({"bootstrap.servers": engine.bootstrap_servers})
+    for future in client.delete_records([TopicPartition(*place, offset) for place, offset in gone.items()]).values():
+        future.result(10)
+
+    def advice() -> set[str]:
+        return {found for found in re.findall(r"`headwater (groups reset [^`]*)`", caplog.text) if world.name in found}
+
+    with Running(world.app()):
+        wait_until(lambda: len(advice()) == 2, "what to do")
+        committed = admin.committed(world.audit.name)
+        wait_until(lambda: admin.committed(world.audit.name)[world.placed.name, 2].offset == ends[world.placed.name, 2],
+                   "what isn't gone to be audited")  # fmt: skip
+        assert all(admin.committed(world.audit.name)[place] == committed[place] for place in gone)
+    for words in advice():
+        servers = ["--bootstrap-servers", engine.bootstrap_servers]
+        result = CliRunner().invoke(commands, [*words.split(), *servers])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(  # even where it was not asked for
+        commands,
+        ["groups", "reset", world.audit.name, "--topic", world.paid.name, "--to", "earliest", "--execute", *servers],
+    )
+    assert result.exit_code == 0, result.output
+    with Running(world.app()):
+        wait_until(world.is_done, "all events to be audited")
+        world.publish(10)
+        wait_until(world.is_done, "all events to be audited")
+    code, found = world.verify()
+    assert (code, found["found"], found["spare"], found["waiting"]) == (0, [], 0, 0), found
+
+
 def test_a_topic_that_was_made_anew_is_another_one(embedded: Engine, unique: str) -> None:
     """Its offsets begin again: its events are audited from the first on, and not taken for those of the old one."""
     world = World(embedded, unique)
@@ -502,6 +568,6 @@ def test_what_cannot_work_is_refused(unique: str) -> None:
     audit = Audit("a", topic=f"{unique}-audit", of=[placed])
     app = App("x", settings=settings_for(Engine("none", "127.0.0.1:1")))
     audit.join(app)
-    with pytest.raises(InvalidAudit, match="has a group a already"):
+    with pytest.raises(InvalidHandler, match="has a group a already"):
         audit.join(app)
     assert [auditor.chain_of(("orders", i), 4) for i in range(8)] == CHAINS_OF_ORDERS, "for ever"

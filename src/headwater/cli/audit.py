@@ -1,7 +1,8 @@
 """`headwater audit`: whether an audit topic is what was written, and where its chains end."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import typer
@@ -19,15 +20,12 @@ from headwater.cli.output import (
     show_json,
     show_rows,
 )
-from headwater.kafka.consumer import ConsumerFailed, KafkaReader, headers_of
-from headwater.settings import Settings
+from headwater.kafka.consumer import ConsumerFailed, Message, headers_of
+from headwater.kafka.reader import offset_of, place_of, read_all
 from headwater.trust.verifier import Events, Finding, Verifier
 
 app = typer.Typer(no_args_is_help=True, help="Audit topics: verify, head.")
 
-BATCH = 2000
-TAKE_SECONDS = 0.5
-STILL_TAKES = 60
 MOST_SHOWN = 100
 
 Topic = Annotated[str, typer.Argument(help="The audit topic.")]
@@ -128,7 +126,7 @@ def _verified(topic: str, servers: str, heads: list[Head], *, quiet: bool) -> li
         if each.sequence:
             verifiers[each.partition].expect(each.sequence, each.hash)
     for record in _records(topic, servers, quiet=quiet):
-        verifiers[record.partition()].feed(record.offset(), record.key(), record.value(), headers_of(record))
+        verifiers[place_of(record)[1]].feed(offset_of(record), record.key(), record.value(), headers_of(record))
     for verifier in verifiers:
         verifier.end()
     return verifiers
@@ -139,41 +137,23 @@ def _compare(source: str, events: Events, findings: list[Finding], servers: str,
         raise UserError(f"there is no topic {source}.")
     (described,) = admin(servers).describe_topics([source])
     for record in _records(source, servers, quiet=quiet):
-        place = (source, described.topic_id, record.partition())
-        found = events.judge(place, record.offset(), record.key(), record.value(), headers_of(record))
+        place = (source, described.topic_id, place_of(record)[1])
+        found = events.judge(place, offset_of(record), record.key(), record.value(), headers_of(record))
         if found is not None:
             findings.append(found)
 
 
-def _records(topic: str, servers: str, *, quiet: bool) -> Any:
-    """All up to the ends that it has now. Raises UserError, AdminError."""
-    settings: Settings = settings_for(servers)
-    client = admin(servers)
-    places = [(topic, i) for i in range(client.partition_counts()[topic])]
-    starts, ends = client.start_offsets(places), client.end_offsets(places)
-    positions = dict(starts)
-    reader = KafkaReader(settings, starts)
-    still = 0
-    try:
-        with Progress(console=console, transient=True, disable=quiet) as bar:
-            task = bar.add_task(topic, total=sum(ends.values()) - sum(starts.values()))
-            while any(positions[place] < ends[place] for place in places):
-                records, ended = reader.take(BATCH, TAKE_SECONDS)
-                still = 0 if records or ended else still + 1
-                if still > STILL_TAKES:
-                    raise UserError(f"{topic} could not be read to its end: nothing more came.")
-                for record in records:
-                    place = (topic, record.partition() or 0)
-                    positions[place] = (record.offset() or 0) + 1
-                    if positions[place] <= ends[place]:
-                        yield record
-                for place, end in ended.items():
-                    positions[place] = max(positions[place], end)
-                bar.update(task, completed=sum(positions.values()) - sum(starts.values()))
-    except ConsumerFailed as error:
-        raise UserError(str(error)) from None
-    finally:
-        reader.close()
+def _records(topic: str, servers: str, *, quiet: bool) -> Iterator[Message]:
+    """All that it has now. Raises UserError, AdminError."""
+    with Progress(console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task(topic, total=None)
+        try:
+            yield from read_all(
+                settings_for(servers), admin(servers), [topic],
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )  # fmt: skip
+        except ConsumerFailed as error:
+            raise UserError(str(error)) from None
 
 
 def _heads(path: Path | None) -> list[Head]:

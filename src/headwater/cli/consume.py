@@ -3,6 +3,7 @@
 import base64
 import json as json_library
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -12,8 +13,10 @@ from headwater.cli.groups import parse_time_ms, partitions_of
 from headwater.cli.output import DEFAULT_SERVERS, Json, Servers, UserError, admin, explained, settings_for
 from headwater.cli.topics import Name
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import ConsumerFailed, KafkaReader, Message, headers_of
+from headwater.kafka.consumer import ConsumerFailed, Message, headers_of
+from headwater.kafka.reader import KafkaReader
 
+TAKE = 500
 WAIT_SECONDS = 0.2
 
 
@@ -38,10 +41,10 @@ def consume(
             raise UserError(f"there is no topic {topic}. `headwater topics list` shows those that are.")
         places = partitions_of(topic, partition, counts[topic])
         starts = _starts(client, from_, places)
-        ends = client.end_offsets(places)
-        reader = KafkaReader(settings_for(bootstrap_servers), starts)
+        reader = KafkaReader(settings_for(bootstrap_servers), starts if follow else {})
         try:
-            _print_all(reader, starts, None if follow else ends, count, keys, headers, json)
+            batches = _batches(reader) if follow else reader.up_to(client.last_stable_offsets(places), starts)
+            _print_all(batches, count, _as_json if json else lambda message: _as_text(message, keys, headers))
         except ConsumerFailed as error:
             raise UserError(str(error)) from None
         except KeyboardInterrupt:
@@ -67,33 +70,22 @@ def _starts(client: KafkaAdmin, text: str, places: list[tuple[str, int]]) -> dic
     return {place: min(max(offset, earliest[place]), latest[place]) for place, offset in wanted.items()}
 
 
-def _print_all(
-    reader: KafkaReader,
-    starts: dict[tuple[str, int], int],
-    ends: dict[tuple[str, int], int] | None,
-    count: int | None,
-    keys: bool,
-    headers: bool,
-    as_json: bool,
-) -> None:
-    left = {place for place, end in ends.items() if starts[place] < end} if ends is not None else None
+def _batches(reader: KafkaReader) -> Iterator[list[Message]]:
+    """What there is, and what comes. Raises ConsumerFailed."""
+    while True:
+        yield reader.take(TAKE, WAIT_SECONDS)[0]
+
+
+def _print_all(batches: Iterator[list[Message]], count: int | None, show: Callable[[Message], str]) -> None:
+    """count: at most; None: all."""
     printed = 0
-    while (left is None or left) and (count is None or printed < count):
-        messages, ended = reader.take(500, WAIT_SECONDS)
-        for message in messages:
-            place = (message.topic() or "", message.partition() or 0)
-            offset = message.offset() or 0
-            if ends is not None and left is not None:
-                if offset + 1 >= ends[place]:
-                    left.discard(place)
-                if offset >= ends[place]:
-                    continue
-            if count is None or printed < count:
-                print(_as_json(message) if as_json else _as_text(message, keys, headers))
-                printed += 1
-        if left is not None:
-            left -= ended.keys()  # the end may hold what is not shown: markers of transactions, gaps of compaction
+    for batch in batches:
+        for message in batch if count is None else batch[: count - printed]:
+            print(show(message))
+        printed += len(batch)
         sys.stdout.flush()
+        if count is not None and printed >= count:
+            return
 
 
 def _as_text(message: Message, keys: bool, headers: bool) -> str:

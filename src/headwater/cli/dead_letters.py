@@ -24,15 +24,14 @@ from headwater.cli.output import (
     show_rows,
 )
 from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.reader import Told, read_all
 from headwater.operations.failures import (
     Filter,
     Letter,
-    Progress,
     State,
     TopicsOf,
     ask,
     letter_of,
-    read_all,
     read_failures,
     topics_of,
     wait_obeyed,
@@ -249,7 +248,7 @@ def _read(client: KafkaAdmin, servers: str, group: str, topic: str | None) -> li
     """Raises UserError."""
     settings = settings_for(servers)
     if not topics_of(client, group) and group in client.partition_counts():
-        foreign = (letter_of(message) for message in read_all(settings, client, group))
+        foreign = (letter_of(message) for message in read_all(settings, client, [group]))
         return [Letter(letter, State.WAITING, False) for letter in foreign if letter is not None]
     found = []
     for topics in _topics(client, group, topic):
@@ -259,7 +258,7 @@ def _read(client: KafkaAdmin, servers: str, group: str, topic: str | None) -> li
 
 
 @contextmanager
-def _bar(what: str, silent: bool) -> Iterator[Progress]:
+def _bar(what: str, silent: bool) -> Iterator[Told]:
     """A progress bar for what takes longer than a blink, on a terminal."""
     with Bar(console=errors, transient=True, disable=silent or not errors.is_terminal) as bar:
         task = bar.add_task(what, total=None)

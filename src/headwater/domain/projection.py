@@ -111,12 +111,9 @@ class Projection:
         return function
 
     def join(self, app: App) -> None:
-        """Keep it up to date in this application. Raises InvalidProjection."""
+        """Keep it up to date in this application. Raises InvalidProjection, InvalidHandler where its name is taken."""
         if not self._functions:
             raise InvalidProjection(f"the projection {self.name} has no functions: give it some with @{self.name}.on.")
-        taken = [*(handler.group for handler in app.handlers), *(each.name for each in app.beside)]
-        if self.name in taken:
-            raise InvalidProjection(f"{app.name} has a group {self.name} already: give the projection another name.")
         app.run_beside(self)
 
     def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:

@@ -19,7 +19,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.domain.projection import Place, Projection
 from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.kafka.consumer import ConsumerFailed, KafkaReader, Message
+from headwater.kafka.consumer import ConsumerFailed, Message
+from headwater.kafka.reader import KafkaReader, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import CannotStart
 from headwater.runtime.subscription import Surroundings
@@ -337,14 +338,6 @@ class Projector:
             logger.debug("projection_not_shown name=%s error=%s", self._projection.name, error)
             return
         self._shown = {**self._shown, **changed}
-
-
-def place_of(record: Message) -> Place:
-    return record.topic() or "", record.partition() or 0
-
-
-def offset_of(record: Message) -> int:
-    return record.offset() or 0
 
 
 def advanced(

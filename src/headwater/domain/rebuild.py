@@ -10,7 +10,7 @@ snapshot, the rebuild goes exactly as far, and the digests of the rows are the s
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -18,10 +18,11 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
 from headwater.domain.projection import Place, Projection
-from headwater.domain.projector import advanced, offset_of, place_of
+from headwater.domain.projector import advanced
 from headwater.event.codec import Undecodable
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import KafkaReader, Message
+from headwater.kafka.consumer import Message
+from headwater.kafka.reader import SILENCE_SECONDS, KafkaReader, Told, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.decoding import SchemaSource
 from headwater.settings import Settings
@@ -33,8 +34,6 @@ from headwater.store.rows import Rows, Side, shape_of
 
 GC_THRESHOLD = 100_000
 """Rows by the ten thousand are no garbage: looking for it among them takes a quarter of the time."""
-TAKE = 5000
-TAKE_SECONDS = 0.5
 SAVE_EVENTS = 20_000
 """So many are in memory before they are written."""
 MOST_ROWS = 500_000
@@ -43,11 +42,8 @@ ROUNDS = 10
 """Of catching up with the live side, before it is made to wait for the last of them."""
 LOCK_TRIES = 15
 """To get the tables from those that read them, for two seconds each."""
-STILL_SECONDS = 60.0
-"""Without any record, before the way to the broker is given up."""
-
-Tell = Callable[[int, int], None]
-"""Offsets that are done, and all."""
+LOCKED_SILENCE_SECONDS = 5.0
+"""Without a word from the broker, while everybody who reads the tables waits for us."""
 
 
 class CannotRebuild(Exception):
@@ -69,7 +65,7 @@ class Result(NamedTuple):
 
 class Rebuild:
     def __init__(
-        self, projection: Projection, database: Database, settings: Settings, schemas: SchemaSource, tell: Tell
+        self, projection: Projection, database: Database, settings: Settings, schemas: SchemaSource, tell: Told
     ) -> None:
         """tell: called now and then."""
         self._projection = projection
@@ -83,7 +79,7 @@ class Rebuild:
         self._shapes = projection.shapes(Side.REBUILD)
         self._progress = Progress(projection.version)
         self._positions: dict[Place, int] = {}
-        self._all = self._done = 0
+        self._begun = self._all = 0
         self._skipped: frozenset[tuple[str, int, int]] = frozenset()
 
     def run(self, *, check: bool = False, anew: bool = False, allow_gap: bool = False) -> Result:
@@ -104,7 +100,7 @@ class Rebuild:
 
     def _run(self, connection: Connection, started: float, check: bool, anew: bool, allow_gap: bool) -> Result:
         places = self._places()
-        starts, ends = self._admin.start_offsets(places), self._admin.end_offsets(places)
+        starts, ends = self._admin.start_offsets(places), self._admin.last_stable_offsets(places)
         if not allow_gap:
             self._check_beginnings(starts)
         if not check:
@@ -115,11 +111,12 @@ class Rebuild:
             ends = {place: min(ends[place], live.offset(*place) or 0) for place in places}
         self._prepare(connection, check, anew)
         self._positions = {place: max(self._progress.offset(*place) or 0, starts[place]) for place in places}
+        self._begun = sum(self._positions.values())
         self._all = sum(max(0, end - self._positions[place]) for place, end in ends.items())
-        reader = KafkaReader(self._settings, self._positions)
+        reader = KafkaReader(self._settings, {})
         try:
             rows = Rows(connection, self._shapes, is_empty=not self._progress.topics)
-            self._read_to(connection, reader, rows, ends, exactly=check)
+            self._read_to(connection, reader, rows, ends)
             if check:
                 rebuilt = self._digests(connection)
                 self._drop(connection)
@@ -198,37 +195,21 @@ class Rebuild:
     # Reading
 
     def _read_to(
-        self,
-        connection: Connection,
-        reader: KafkaReader,
-        rows: Rows,
-        ends: Mapping[Place, int],
-        *,
-        exactly: bool = False,
-        saves: bool = True,
+        self, connection: Connection, reader: KafkaReader, rows: Rows, ends: Mapping[Place, int], *, saves: bool = True
     ) -> None:
-        """exactly: nothing beyond. saves: in transactions of its own, instead of one that is open. Raises CannotRebuild."""
+        """saves: in transactions of its own, instead of one that is open. Raises CannotRebuild, ConsumerFailed."""
         unsaved = 0
-        heard = time.monotonic()
-        while any(self._positions[place] < end for place, end in ends.items()):
-            records, ended = reader.take(TAKE, TAKE_SECONDS)
-            if records or ended:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > STILL_SECONDS:
-                raise CannotRebuild(f"nothing was heard of the broker for {STILL_SECONDS:.0f} s.")
-            if exactly:
-                records = [record for record in records if offset_of(record) < ends[place_of(record)]]
+        silence_seconds = SILENCE_SECONDS if saves else LOCKED_SILENCE_SECONDS
+        for records in reader.up_to(ends, self._positions, silence_seconds):
             if saves:
                 with connection.begin():
                     unsaved += self._apply(records, rows)
-                    self._move(records, ended)
                     if unsaved >= SAVE_EVENTS or rows.is_ahead:
                         self._save(connection, rows)
                         unsaved = 0
             else:
                 self._apply(records, rows)
-                self._move(records, ended)
-            self._tell(min(self._done, self._all), self._all)
+            self._tell(min(sum(self._positions.values()) - self._begun, self._all), self._all)
         if saves:
             with connection.begin():
                 self._save(connection, rows)
@@ -256,14 +237,6 @@ class Rebuild:
                 ) from error
         self._progress = msgspec.structs.replace(self._progress, events=self._progress.events + len(records))
         return len(records)
-
-    def _move(self, records: Sequence[Message], ended: Mapping[Place, int]) -> None:
-        before = sum(self._positions.values())
-        for record in records:
-            self._positions[place_of(record)] = offset_of(record) + 1
-        for place, end in ended.items():
-            self._positions[place] = max(self._positions[place], end)
-        self._done += sum(self._positions.values()) - before
 
     def _save(self, connection: Connection, rows: Rows) -> None:
         """In the transaction that is open."""
@@ -293,7 +266,7 @@ class Rebuild:
             if not behind:
                 return
             rounds += 1
-            self._add(reader, behind)
+            self._add(behind)
             self._read_to(connection, reader, rows, behind)
 
     def _try_to_exchange(
@@ -310,19 +283,16 @@ class Rebuild:
             # before anything is read: what is in memory could not be taken back with this transaction
             read_model.lock(connection, self._projection.tables)
             if behind:
-                self._add(reader, behind)
+                self._add(behind)
                 self._read_to(connection, reader, rows, behind, saves=False)
             read_model.swap(connection, self._projection.tables)
             read_model.save_progress(connection, name, Side.LIVE, self._as_live(live))
             read_model.drop_progress(connection, name, Side.REBUILD)
             return {}
 
-    def _add(self, reader: KafkaReader, behind: Mapping[Place, int]) -> None:
+    def _add(self, behind: Mapping[Place, int]) -> None:
         """Partitions that are new since the beginning."""
-        new = [place for place in behind if place not in self._positions]
-        for place, start in self._admin.start_offsets(new).items():
-            self._positions[place] = start
-            reader.add(*place, start)
+        self._positions.update(self._admin.start_offsets([place for place in behind if place not in self._positions]))
 
     def _behind(self, live: Progress | None) -> dict[Place, int]:
         """Where the live side is further."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import (
     OFFSET_INVALID,
     ConsumerGroupTopicPartitions,
+    IsolationLevel,
     KafkaException,
     TopicCollection,
     TopicPartition,
@@ -171,13 +172,15 @@ class KafkaAdmin:
 
     # Offsets
 
-    def offsets(self, partitions: Sequence[tuple[str, int]], spec: OffsetSpec) -> dict[tuple[str, int], int]:
+    def offsets(
+        self, partitions: Sequence[tuple[str, int]], spec: OffsetSpec, **options: Any
+    ) -> dict[tuple[str, int], int]:
         """Those that are known, -1 where there is none at that time. Raises AdminError."""
         if not partitions:
             return {}
         wanted = {TopicPartition(topic, index): spec for topic, index in partitions}
         found = {}
-        for place, future in self._client.list_offsets(wanted).items():
+        for place, future in self._client.list_offsets(wanted, **options).items():
             answer = self._result(future, f"the offsets of {place.topic}-{place.partition} can't be read")
             if answer.offset == OFFSET_INVALID:  # the client's way to say that the leader's answer was lost
                 raise NotReachable(
@@ -188,6 +191,10 @@ class KafkaAdmin:
 
     def end_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
         return self.offsets(partitions, OffsetSpec.latest())
+
+    def last_stable_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Where reading committed records ends now: before the first transaction that is open."""
+        return self.offsets(partitions, OffsetSpec.latest(), isolation_level=IsolationLevel.READ_COMMITTED)
 
     def start_offsets(self, partitions: Sequence[tuple[str, int]]) -> dict[tuple[str, int], int]:
         return self.offsets(partitions, OffsetSpec.earliest())

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import confluent_kafka
@@ -35,7 +35,6 @@ __all__ = [
     "Gone",
     "KafkaConsumer",
     "KafkaException",
-    "KafkaReader",
     "Message",
     "OutOfRange",
     "Rebalance",
@@ -317,63 +316,6 @@ def _beginnings(found: list[TopicPartition]) -> list[TopicPartition]:
 
 def _begun(place: TopicPartition) -> Begun:
     return Begun(place.partition, place.offset if place.offset >= 0 else None, place.metadata or "")
-
-
-class KafkaReader:
-    """Reads given partitions from given offsets, without a group."""
-
-    def __init__(
-        self, settings: Settings, starts: Mapping[tuple[str, int], int], *, isolation: str = "read_committed"
-    ) -> None:
-        config = consumer_config(settings, "headwater-reader", "classic")
-        config.pop("group.instance.id", None)
-        config["isolation.level"] = isolation
-        self._consumer = confluent_kafka.Consumer({**config, "enable.partition.eof": True}, logger=client_logger)
-        self._troubles: list[ConsumerFailed] = []
-        if starts:
-            self._consumer.assign([TopicPartition(topic, index, offset) for (topic, index), offset in starts.items()])
-
-    def add(self, topic: str, partition: int, offset: int) -> None:
-        self._consumer.incremental_assign([TopicPartition(topic, partition, offset)])
-
-    def remove(self, topic: str, partition: int) -> None:
-        self._consumer.incremental_unassign([TopicPartition(topic, partition)])
-
-    def only(self, topic: str, partition: int, offset: int) -> None:
-        """From now on this, and nothing else."""
-        self._troubles.clear()
-        self._consumer.assign([TopicPartition(topic, partition, offset)])
-
-    def nothing(self) -> None:
-        self._consumer.unassign()
-
-    def offsets(self, topic: str, partition: int, seconds: float) -> tuple[int, int]:
-        """The first offset and the end, read anew. Raises KafkaException."""
-        first, end = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=seconds)
-        return int(first), int(end)
-
-    def take(self, count: int, seconds: float) -> tuple[list[Message], dict[tuple[str, int], int]]:
-        """Records, and the partitions whose end was reached, with that end. Raises ConsumerFailed."""
-        if self._troubles:
-            raise self._troubles.pop(0)
-        messages: list[Message] = []
-        ended: dict[tuple[str, int], int] = {}
-        for message in self._consumer.consume(count, seconds):
-            error = message.error()
-            if error is None:
-                messages.append(message)
-            elif error.code() == KafkaError._PARTITION_EOF:
-                ended[message.topic() or "", message.partition() or 0] = message.offset() or 0
-            else:
-                is_gone = error.code() == KafkaError._AUTO_OFFSET_RESET
-                trouble = Gone(error.str(), message.partition() or 0) if is_gone else ConsumerFailed(error.str())
-                self._troubles.append(trouble)  # after the records that came with it
-        if self._troubles and not messages:
-            raise self._troubles.pop(0)
-        return messages, ended
-
-    def close(self) -> None:
-        self._consumer.close()
 
 
 def headers_of(message: Message) -> Headers:

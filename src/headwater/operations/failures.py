@@ -10,15 +10,16 @@ topic; they have no owner of ours that could obey.
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
 import msgspec
 
-from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.kafka.consumer import KafkaReader, Message, headers_of
+from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.consumer import Message, headers_of
 from headwater.kafka.producer import Acknowledged, Headers, KafkaProducer, NotPublished
+from headwater.kafka.reader import Told, read_all
 from headwater.runtime.lane import NO_OFFSET, Attempted
 from headwater.runtime.retry_topic import (
     DeadLetter,
@@ -33,12 +34,6 @@ from headwater.runtime.retry_topic import (
     read_retry_record,
 )
 from headwater.settings import Settings
-
-READ_SECONDS = 60.0
-"""For reading a topic without anything coming."""
-
-Progress = Callable[[int, int], None]
-"""Told how many records of how many were read."""
 
 
 class State(StrEnum):
@@ -118,47 +113,14 @@ def topics_of(admin: KafkaAdmin, group: str) -> list[TopicsOf]:
     return found
 
 
-def read_all(settings: Settings, admin: KafkaAdmin, topic: str, progress: Progress | None = None) -> Iterator[Message]:
-    """Every record up to where the topic ends now. Raises AdminError, ConsumerFailed."""
-    places = [(topic, index) for index in range(admin.partition_counts()[topic])]
-    starts, ends = admin.start_offsets(places), admin.end_offsets(places)
-    left = {place for place in places if starts[place] < ends[place]}
-    total = sum(ends[place] - starts[place] for place in places)
-    done = 0
-    if not left:
-        return
-    reader = KafkaReader(settings, {place: starts[place] for place in left})
-    deadline = time.monotonic() + READ_SECONDS
-    try:
-        while left and time.monotonic() < deadline:
-            messages, ended = reader.take(1000, 0.5)
-            left -= ended.keys()
-            if messages:
-                deadline = time.monotonic() + READ_SECONDS
-            for message in messages:
-                place = (topic, message.partition() or 0)
-                offset = message.offset() or 0
-                if offset + 1 >= ends[place]:
-                    left.discard(place)
-                if offset < ends[place]:
-                    done += 1
-                    yield message
-            if progress is not None:
-                progress(done, total)
-        if left:
-            raise AdminError(f"{topic} can't be read to its end: nothing came for {READ_SECONDS:.0f} s.")
-    finally:
-        reader.close()
-
-
 def read_failures(
-    settings: Settings, admin: KafkaAdmin, topics: TopicsOf, progress: Progress | None = None, *, letters: bool = True
+    settings: Settings, admin: KafkaAdmin, topics: TopicsOf, progress: Told | None = None, *, letters: bool = True
 ) -> Failures:
     """Parked keys, and dead letters with what was done about them. Raises AdminError, ConsumerFailed."""
     parked: dict[tuple[int, int], ParkedRecord] = {}
     requested: set[tuple[int, int]] = set()
     resolved: dict[tuple[int, int], Resolved] = {}
-    for message in read_all(settings, admin, topics.retry, progress):
+    for message in read_all(settings, admin, [topics.retry], progress):
         partition = message.partition() or 0
         try:
             record = read_retry_record(message.key(), message.value(), headers_of(message), message.offset() or 0)
@@ -182,7 +144,7 @@ def read_failures(
     }
     found = []
     if letters:
-        for message in read_all(settings, admin, topics.dead, progress):
+        for message in read_all(settings, admin, [topics.dead], progress):
             place = (message.partition() or 0, message.offset() or 0)
             letter = letter_of(message)
             if letter is None:
@@ -250,7 +212,7 @@ def ask(
     letters: Sequence[DeadLetter],
     action: str,
     per_second: float | None = None,
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> None:
     """Requests for the owners of their partitions, each acknowledged. Raises NotPublished."""
     producer = KafkaProducer(settings)

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.kafka.consumer import ConsumerFailed, KafkaException, KafkaReader, Message
+from headwater.kafka.consumer import ConsumerFailed, KafkaException, Message
 from headwater.kafka.producer import KafkaProducer, LoopProducer, NotPublished
+from headwater.kafka.reader import KafkaReader
 from headwater.registry.record import NoopKey, Record, UnknownRecord, decode, encode
 from headwater.registry.subject import Registry
 from headwater.settings import Settings

@@ -182,8 +182,7 @@ class App:
         )  # fmt: skip
 
         def register(function: F) -> F:
-            if group in [*(each.group for each in self.handlers), *(each.name for each in self.beside)]:
-                raise InvalidHandler(f"the group {group} has a handler already: each handler is a group of its own.")
+            self._check_group(group)
             handler = Handler(function, topic, group, options)
             self._router.add([topic])
             self.handlers.append(handler)
@@ -192,9 +191,17 @@ class App:
         return register
 
     def run_beside(self, beside: Beside) -> None:
-        """Run it whenever the handlers run. Raises NoTopic."""
+        """Run it whenever the handlers run. Raises InvalidHandler, NoTopic."""
+        self._check_group(beside.name)
         self._router.add(beside.topics)
         self.beside.append(beside)
+
+    def _check_group(self, group: str) -> None:
+        """Raises InvalidHandler."""
+        if group in [*(each.group for each in self.handlers), *(each.name for each in self.beside)]:
+            raise InvalidHandler(
+                f"{self.name} has a group {group} already: each handler, projection and audit is a group of its own."
+            )
 
     def on_start(self, function: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
         """Awaited before anything is handled or served, when publishing works already: tables, caches."""

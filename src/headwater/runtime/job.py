@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 from headwater.kafka.admin import KafkaAdmin
-from headwater.kafka.consumer import ConsumerFailed, KafkaReader
+from headwater.kafka.consumer import ConsumerFailed
+from headwater.kafka.reader import KafkaReader
 from headwater.runtime.frontier import decode_metadata
 from headwater.runtime.subscription import Runner
 from headwater.settings import Settings

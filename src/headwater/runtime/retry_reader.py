@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from headwater.kafka.admin import AdminError, KafkaAdmin
-from headwater.kafka.consumer import ConsumerFailed, Gone, KafkaException, KafkaReader, Message, headers_of
+from headwater.kafka.consumer import ConsumerFailed, Gone, KafkaException, Message, headers_of
+from headwater.kafka.reader import KafkaReader
 from headwater.runtime.daemon_executor import DaemonExecutor
 from headwater.runtime.owner import Owner
 from headwater.runtime.retry_topic import ParkedRecord, RetryRecord, Unreadable, read_retry_record

@@ -133,10 +133,11 @@ class Work:
 
     def spawn(self, work: Coroutine[object, object, None]) -> None:
         try:
-            task = asyncio.get_running_loop().create_task(work)
-        except RuntimeError:  # the loop has ended: what was left of it is being thrown away
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # it has ended: what was left of it is being thrown away
             work.close()
             return
+        task = loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self._task_over)
 

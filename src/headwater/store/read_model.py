@@ -146,6 +146,11 @@ OBSTACLES = text(
     "UNION ALL SELECT 'the policy ' || polname FROM pg_policy WHERE polrelid = to_regclass(:table) "
     "UNION ALL SELECT 'a place in the publication ' || pubname FROM pg_publication_rel r JOIN pg_publication p "
     "ON p.oid = r.prpubid WHERE prrelid = to_regclass(:table) "
+    "UNION ALL SELECT DISTINCT 'the view ' || v.oid::regclass FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid "
+    "JOIN pg_class v ON v.oid = r.ev_class WHERE d.classid = 'pg_rewrite'::regclass AND d.refobjid = to_regclass(:table) "
+    "AND v.oid <> d.refobjid "
+    "UNION ALL SELECT 'the foreign key ' || conname || ' of ' || conrelid::regclass FROM pg_constraint "
+    "WHERE confrelid = to_regclass(:table) "
     "UNION ALL SELECT 'rights on the column ' || attname FROM pg_attribute WHERE attrelid = to_regclass(:table) "
     "AND attacl IS NOT NULL"
 )

@@ -102,6 +102,7 @@ class TableRows:
     def __init__(self, shape: Shape, *, is_empty: bool) -> None:
         """is_empty: the table has nothing but what was written from here, so that what isn't known isn't there."""
         self.shape = shape
+        self._names = {name for name, _ in shape.attributes}
         self._knows_all = is_empty
         self._rows: dict[Key, Any] = {}
         """None: there is no such row."""
@@ -143,7 +144,7 @@ class TableRows:
         if None in key:
             raise InvalidReadModel(f"a {self.shape.cls.__name__} without its key, {', '.join(self.shape.key)}.")
         given = row.__dict__
-        if len(given) <= len(self.shape.attributes):  # with SQLAlchemy's own, one more when all are there
+        if not given.keys() >= self._names:
             for name, column in self.shape.attributes:
                 given.setdefault(name, _default(column))  # now: whoever reads it next sees what the table will have
         is_new = self._changed.get(key, self._knows_all and self._rows.get(key) is None)

@@ -28,7 +28,8 @@ from sqlalchemy import text
 
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import Message, headers_of
-from headwater.operations.failures import letter_of, read_all
+from headwater.kafka.reader import read_all
+from headwater.operations.failures import letter_of
 from headwater.runtime.retry_topic import (
     DeadLetter,
     Done,
@@ -118,15 +119,15 @@ def gather(settings: Settings, folder: str, group: str, topic: str, effects: tup
     admin = KafkaAdmin(settings)
     counts = admin.partition_counts()
     source: dict[int, dict[int, SourceEvent]] = defaultdict(dict)
-    for message in read_all(settings, admin, topic):
+    for message in read_all(settings, admin, [topic]):
         source[message.partition() or 0][message.offset() or 0] = _source_event(message)
     outstanding: dict[int, set[int]] = defaultdict(set)
     letters: list[DeadLetter] = []
     if retry_topic(topic, group) in counts:
-        for message in read_all(settings, admin, retry_topic(topic, group)):
+        for message in read_all(settings, admin, [retry_topic(topic, group)]):
             _follow(outstanding[message.partition() or 0], message)
     if dead_topic(topic, group) in counts:
-        found = (letter_of(message) for message in read_all(settings, admin, dead_topic(topic, group)))
+        found = (letter_of(message) for message in read_all(settings, admin, [dead_topic(topic, group)]))
         letters = [letter for letter in found if letter is not None]
     committed = {index: position.offset for (name, index), position in admin.committed(group).items() if name == topic}
     rows = read_effects(*effects) if effects is not None else None

@@ -69,9 +69,7 @@ class Audit:
         return [self.topic, *self.of]
 
     def join(self, app: App) -> None:
-        """Write it in this application; several processes share the chains. Raises InvalidAudit."""
-        if self.name in [*(handler.group for handler in app.handlers), *(each.name for each in app.beside)]:
-            raise InvalidAudit(f"{app.name} has a group {self.name} already: give the audit another name.")
+        """Write it in this application; several processes share the chains. Raises InvalidHandler where its name is taken."""
         app.run_beside(self)
 
     def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:

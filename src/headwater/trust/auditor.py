@@ -19,17 +19,17 @@ from headwater.kafka.consumer import (
     ConsumerFailed,
     KafkaConsumer,
     KafkaException,
-    KafkaReader,
     Message,
     TopicPartition,
     headers_of,
 )
 from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, TransactionalProducer
+from headwater.kafka.reader import KafkaReader, offset_of, place_of
 from headwater.runtime import crash_point
 from headwater.runtime.relay import GAPLESS
 from headwater.runtime.subscription import Surroundings
 from headwater.trust.audit import Audit
-from headwater.trust.chain import Head, Link, after, beginning, digest_of, headers_of_link, link_in, place_in
+from headwater.trust.chain import Head, Kept, Link, after, beginning, digest_of, headers_of_link, link_in, place_in
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ RENEWAL_SECONDS = 24 * 3600.0
 UNSURE_SECONDS = 2.0
 """Without a word from the group for this long, it may have gone on without us: a third of the session's time-out."""
 KAFKA = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
+QUIET = {"log_level": "0"}
+"""Of the producer that finds out whether there are transactions: what it has to say comes as an error, too."""
 ALERT = "audit"
 
 
@@ -90,17 +92,17 @@ class Chain:
         """Source partitions that the reader has."""
         self._next_show = self._next_look = self._next_renewal = 0.0
         if transacts:  # first of all: from now on nobody else writes
-            self._transactions = TransactionalProducer(around.settings, f"{audit.name}-{partition}")
+            quiet = replace(around.settings, kafka={**around.settings.kafka, **QUIET})
+            self._transactions = TransactionalProducer(quiet, f"{audit.name}-{partition}")
         gapless = replace(around.settings, kafka={**around.settings.kafka, **GAPLESS})
         self._producer = self._transactions or KafkaProducer(gapless, Profile.THROUGHPUT)
         try:
             committed = admin.committed(audit.name)
             places = self._places()
             self._describe(places)
+            ours = {place: committed[place] for place in places if place in committed}
             self.positions = {
-                place: committed[place].offset
-                for place in places
-                if place in committed and committed[place].metadata == self._ids[place[0]]
+                place: position.offset for place, position in ours.items() if position.metadata == self._ids[place[0]]
             }
             is_whole = admin.start_offsets([self._place])[self._place] == 0
             self._head: Head | None = (
@@ -110,10 +112,14 @@ class Chain:
             """The offset behind the chain."""
             found = committed.get(self._place)
             if found is not None and found.metadata and len(self.positions) == len(places):
-                # otherwise some positions are lost, as a group's are after a week without news: the chain itself has them
+                # otherwise some positions are lost, as a group's are after a week without news, or somebody has set them:
+                # the chain itself has them
                 sequence, hash_ = found.metadata.split()
                 self._head, self._next = Head(int(sequence), bytes.fromhex(hash_)), found.offset
             self._read_tail()
+            for place, position in ours.items():
+                if not position.metadata:  # set by hand, past what is gone: never back, as nothing is audited twice
+                    self.positions[place] = max(self.positions.get(place, 0), position.offset)
             self._shown: dict[Place, int] = {}
             self._reader = KafkaReader(around.settings, {})
             self._look()
@@ -147,33 +153,26 @@ class Chain:
         return [place for place in places if chain_of(place, self._audit.topic.partitions) == self._place[1]]
 
     def _read_tail(self) -> None:
-        """What was written behind the last commit. Raises ConsumerFailed, Broken."""
-        end = self._admin.end_offsets([self._place])[self._place]
-        start = max(self._next, self._admin.start_offsets([self._place])[self._place])
-        reader = KafkaReader(self._around.settings, {self._place: start})
-        deadline = time.monotonic() + TAIL_SECONDS
+        """What was written behind the last commit. Raises ConsumerFailed."""
+        start = self._admin.start_offsets([self._place])[self._place]
+        positions = {self._place: max(self._next, start)}
+        reader = KafkaReader(self._around.settings, {})
         try:
-            while self._next < end:
-                records, ended = reader.take(BATCH, TURN_SECONDS)
-                for record in records:
+            for batch in reader.up_to(self._admin.end_offsets([self._place]), positions, TAIL_SECONDS):
+                for record in batch:
                     self._pass(record)
-                self._next = max(self._next, ended.get(self._place, 0))
-                if records or ended:
-                    deadline = time.monotonic() + TAIL_SECONDS
-                elif time.monotonic() > deadline:
-                    raise Broken(f"{self._place[0]}-{self._place[1]} could not be read to its end")
         finally:
             reader.close()
+        self._next = positions[self._place]
 
     def _pass(self, record: Message) -> None:
-        self._next = (record.offset() or 0) + 1
         said = link_in(headers_of(record))
         if said is None or (self._head is not None and said[1] != after(self._head, said[0])):
             return  # no part of the chain: see the verifier
         link, self._head = said
         topic, partition, offset = place_in(link.source)
         if link.topic_id == self._ids.get(topic):
-            self.positions[topic, partition] = offset + 1
+            self.positions[topic, partition] = max(self.positions.get((topic, partition), 0), offset + 1)
 
     def _look(self) -> None:
         """Now and then: partitions that are new. Raises AdminError."""
@@ -189,8 +188,8 @@ class Chain:
             if not starts[place] <= offset <= ends[place]:
                 self._tell(
                     f"{place[0]}-{place[1]} is not audited: it was up to {offset}, and goes from {starts[place]} to "
-                    f"{ends[place]}. Stop the audit, `headwater groups reset {self._audit.name} --topic {place[0]} --to "
-                    "earliest --execute`, start it: what is between is missing for good."
+                    f"{ends[place]}. Stop the audit, `headwater groups reset {self._audit.name} --topic {place[0]} "
+                    f"--partition {place[1]} --to earliest --execute`, start it: what is between is missing for good."
                 )
                 continue
             self.positions[place] = offset
@@ -212,17 +211,18 @@ class Chain:
             raise Broken("another process may be writing the chain")
         acknowledged: list[Future[Acknowledged]] = []
         for record in records:
-            place, offset = (record.topic() or "", record.partition() or 0), record.offset() or 0
+            place, offset = place_of(record), offset_of(record)
             headers = headers_of(record)
             key, value = record.key(), record.value()
+            is_copied = self._audit.copies and size_of(record, headers) <= self._audit.largest_bytes
             link = Link(
                 f"{place[0]}:{place[1]}:{offset}",
                 self._ids[place[0]],
                 record.timestamp()[1],
+                Kept.COPY if is_copied else Kept.DIGEST,
                 digest_of(key, value, headers),
             )
             head = after(head, link)
-            is_copied = self._audit.copies and size_of(record, headers) <= self._audit.largest_bytes
             kept = [*headers, *headers_of_link(link, head)] if is_copied else headers_of_link(link, head)
             future: Future[Acknowledged] = Future()
             acknowledged.append(future)
@@ -354,11 +354,9 @@ class Auditor:
 
     def _open(self, partition: int, consumer: KafkaConsumer) -> Chain:
         """With transactions, if the cluster has them. Raises as Chain does."""
-        settings = self._around.settings
-        quiet = self._around._replace(settings=replace(settings, kafka={**settings.kafka, "log_level": "0"}))
         if self._transacts:
             try:
-                return Chain(self._audit, partition, quiet, consumer, self._admin, self._say, transacts=True)
+                return Chain(self._audit, partition, self._around, consumer, self._admin, self._say, transacts=True)
             except NotPublished as error:
                 if not error.lacks_transactions:
                     raise

@@ -76,7 +76,7 @@ class Verifier:
 
     def feed(self, offset: int, key: bytes | None, value: bytes | None, headers: Headers) -> None:
         self._at = offset
-        own, last = headers[:-6], headers[-6:]  # the audit's come last, whatever the event's are called
+        own, last = headers[:-7], headers[-7:]  # the audit's come last, whatever the event's are called
         said = {name[16:]: str(_text(content)) for name, content in last if name.startswith("headwater-audit-")}
         if not said:
             self._find(Fault.INSERTED, "it is no audit record")
@@ -87,13 +87,13 @@ class Verifier:
             bytes.fromhex(hash_)
             topic, partition, source_offset = said["source"].rsplit(":", 2)
             event = (topic, said["topic-id"], int(partition), int(source_offset))
-            rest = f" {said['source']} {said['topic-id']} {said['time']} {digest}"
+            is_copy = {"copy": True, "digest": False}[said["kept"]]
+            rest = f" {said['source']} {said['topic-id']} {said['time']} {said['kept']} {digest}"
         except (KeyError, ValueError):
             self._find(Fault.CHANGED, "what it says of itself can't be read")
             self.sequence, self._hashes = self.sequence + 1, set()
             return
-        is_copy = key is not None or value is not None or bool(own)
-        is_changed = is_copy and _digest(key, value, own) != digest
+        is_changed = (_digest(key, value, own) != digest) if is_copy else (key, value, list(own)) != (None, None, [])
         if is_changed:
             self._find(Fault.CHANGED, f"record {sequence}: the event of {said['source']} is not what was audited")
         if self._believes:
