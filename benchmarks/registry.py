@@ -81,7 +81,7 @@ def run() -> None:
                 looked[name].append(
                     rate(url, LOOKUPS, lambda i: ("GET", f"/subjects/s{i % 500}-value/versions/1", None))
                 )
-        memory = {"Apicurio 3.3": [resident_mb(theirs._process.pid)], "headwater": [resident_mb(ours.process.pid)]}
+        memory = {"Apicurio 3.3": [resident_mb(theirs.pid)], "headwater": [resident_mb(ours.process.pid)]}
         theirs.stop()
         rate(ours.url, MANY, lambda i: ("POST", f"/subjects/many{i}/versions", schema(i)))
         ours.stop()

@@ -1,7 +1,6 @@
 """An SMTP server that delivers to nobody, and says what it got: `python -m examples._outside.mail`."""
 
 import argparse
-import asyncio
 from email import message_from_bytes
 from typing import Any
 
@@ -34,8 +33,7 @@ def main() -> None:
     controller = Controller(box, hostname="127.0.0.1", port=options.port)
     controller.start()
 
-    async def mails(request: Request) -> JSONResponse:
-        await asyncio.sleep(0)
+    def mails(request: Request) -> JSONResponse:
         return JSONResponse(box.mails)
 
     web = Starlette(routes=[Route("/mails", mails)])

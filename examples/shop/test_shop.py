@@ -25,6 +25,10 @@ from tests.kit.clients import wait_until
 from tests.kit.kafka import make_archive
 
 from examples.run import APPS, Run, any_port, free_port
+from examples.shop import analytics as analytics_service
+from examples.shop import inventory as inventory_service
+from examples.shop import notifications as notification_service
+from examples.shop import warehouse as warehouse_service
 from examples.shop.domain import (
     AUDIT,
     CATALOGUE,
@@ -741,11 +745,6 @@ def test_a_kill_between_charge_and_commit_charges_once(embedded: Engine, tmp_pat
 
 def test_tiers_are_the_seeds() -> None:
     """S003-1.6, S003-1.7, S003-1.8: what the lag of each service should stay under, and where it alarms."""
-    from examples.shop import analytics as analytics_service
-    from examples.shop import inventory as inventory_service
-    from examples.shop import notifications as notification_service
-    from examples.shop import warehouse as warehouse_service
-
     tiers = {
         handler.group: handler.options.tier
         for service in (inventory_service, warehouse_service, notification_service, analytics_service)

@@ -13,9 +13,9 @@ from headwater import App, Envelope, Event, Retry, Settings, Topic
 from headwater.cli.groups import partition_rows
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.admin import KafkaAdmin
-from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.publish import NoTopic
+from headwater.runtime.subscription import CannotStart
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.running import Running, settings_for

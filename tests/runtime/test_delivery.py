@@ -13,9 +13,9 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select,
 from headwater import App, Event, Retry, Topic, UnitOfWork
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import OutOfRange, headers_of
-from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.retry_topic import DeadLetter, read_dead_letter
+from headwater.runtime.subscription import CannotStart
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.postgres import Postgres

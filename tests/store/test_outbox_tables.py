@@ -693,8 +693,7 @@ def test_a_commit_wakes_its_relay(
     engine: Engine, url: str, unique: str, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """S003-10.4: no commit waits for the relay's next look at the table. (both engines)"""
-    if source == "polling":
-        monkeypatch.setattr("headwater.runtime.relay.POLL_SECONDS", 3600.0)
+    monkeypatch.setattr("headwater.runtime.relay.POLL_SECONDS", 3600.0 if source == "polling" else 10.0)
     topic = Topic(unique, key="account_id", events=[Changed])
     app = relaying(engine, url, topic, Outbox(source=source))
     seen: set[int] = set()

@@ -22,8 +22,8 @@ from headwater import App, Audit, Event, Topic
 from headwater.cli.commands import app as commands
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
-from headwater.runtime.app import CannotStart
 from headwater.runtime.handler import InvalidHandler
+from headwater.runtime.subscription import CannotStart
 from headwater.trust import auditor, chain
 from headwater.trust.audit import InvalidAudit
 from headwater.trust.verifier import Fault, Verifier

@@ -27,8 +27,8 @@ from headwater.operations.apply import (
     plan,
     read_declaration,
 )
-from headwater.runtime.app import CannotStart
 from headwater.runtime.lifecycle import load
+from headwater.runtime.subscription import CannotStart
 
 
 def apply(

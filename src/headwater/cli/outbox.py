@@ -7,8 +7,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.cli.output import Json, UserError, console, explained, show_json
-from headwater.runtime.app import App, CannotStart
+from headwater.runtime.app import App
 from headwater.runtime.lifecycle import load
+from headwater.runtime.subscription import CannotStart
 from headwater.store.outbox import InvalidOutbox, NotMigrated
 
 app = typer.Typer(no_args_is_help=True, help="The outbox: status, migration.")

@@ -15,9 +15,10 @@ from headwater.domain.rebuild import CannotRebuild, Rebuild
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed
 from headwater.kafka.registry_client import RegistryUnreachable
-from headwater.runtime.app import App, CannotStart
+from headwater.runtime.app import App
 from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import Schemas
+from headwater.runtime.subscription import CannotStart
 from headwater.store import read_model, tables
 from headwater.store.rows import Side
 

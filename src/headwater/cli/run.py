@@ -13,12 +13,13 @@ from headwater.event.topic import InvalidTopic
 from headwater.kafka.consumer import ConsumerFailed, OutOfRange
 from headwater.kafka.producer import NotPublished
 from headwater.kafka.registry_client import RegistryUnreachable
-from headwater.runtime.app import CannotStart, JobCutOff
+from headwater.runtime.app import JobCutOff
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
 from headwater.runtime.publish import NoTopic
 from headwater.runtime.schemas import UnusableSchema
+from headwater.runtime.subscription import CannotStart
 from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
 from headwater.store.outbox import InvalidOutbox

@@ -13,9 +13,10 @@ from headwater.cli.output import Json, UserError, console, explained, show_json,
 from headwater.domain.saga import Saga, SagaRow, StaleSaga, UnknownStep
 from headwater.domain.saga_decision import Status
 from headwater.kafka.registry_client import RegistryUnreachable
-from headwater.runtime.app import App, CannotStart
+from headwater.runtime.app import App
 from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import UnusableSchema
+from headwater.runtime.subscription import CannotStart
 from headwater.store.outbox import InvalidOutbox
 
 app = typer.Typer(no_args_is_help=True, help="Sagas: list, show, resume.")

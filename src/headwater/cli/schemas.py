@@ -10,9 +10,9 @@ import typer
 
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
 from headwater.kafka.registry_client import Refused, RegistryClient, RegistryUnreachable
-from headwater.runtime.app import CannotStart
 from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import UnusableSchema, schemas_of
+from headwater.runtime.subscription import CannotStart
 from headwater.schema.schema import SchemaType
 from headwater.settings import DEFAULT_REGISTRY_URL as DEFAULT_REGISTRY
 

@@ -22,8 +22,7 @@ from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, Message
 from headwater.kafka.reader import KafkaReader, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
-from headwater.runtime.app import CannotStart
-from headwater.runtime.subscription import Surroundings
+from headwater.runtime.subscription import CannotStart, Surroundings
 from headwater.store import read_model
 from headwater.store.database import is_unavailable
 from headwater.store.lock import Lock

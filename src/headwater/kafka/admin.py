@@ -1,13 +1,15 @@
 """Administration through Kafka's own requests: topics, groups, offsets. Works on any Kafka."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from confluent_kafka import (
     OFFSET_INVALID,
     ConsumerGroupTopicPartitions,
     IsolationLevel,
+    KafkaError,
     KafkaException,
     TopicCollection,
     TopicPartition,
@@ -29,6 +31,18 @@ from headwater.settings import Settings
 
 TIMEOUT_SECONDS = 15.0
 ALREADY_EXISTS = 36
+PASSING = (
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+)
+"""Refusals that end by themselves, soon: after an election, of a topic that was made just now."""
+PASSING_SECONDS = 5.0
+PASSING_PAUSE_SECONDS = 0.1
+
+K = TypeVar("K")
 UNKNOWN_TOPIC = 3
 
 
@@ -98,8 +112,8 @@ class KafkaAdmin:
     def describe_topics(self, names: Sequence[str]) -> list[TopicDescription]:
         """Raises AdminError for an unknown one."""
         found = []
-        for name, future in self._client.describe_topics(TopicCollection(list(names))).items():
-            topic = self._result(future, f"the topic {name}")
+        answers = self._ask(lambda: self._client.describe_topics(TopicCollection(list(names))), "the topic {}")
+        for topic in answers.values():
             partitions = [
                 PartitionDescription(
                     each.id,
@@ -139,18 +153,18 @@ class KafkaAdmin:
 
     def delete_topic(self, name: str) -> None:
         """Raises AdminError."""
-        self._result(self._client.delete_topics([name])[name], f"the topic {name} can't be deleted")
+        self._ask(lambda: self._client.delete_topics([name]), "the topic {} can't be deleted")
 
     def grow_topic(self, name: str, partitions: int) -> None:
         """Raises AdminError."""
-        future = self._client.create_partitions([NewPartitions(name, partitions)])[name]
-        self._result(future, f"the topic {name} can't have {partitions} partitions")
+        wanted = [NewPartitions(name, partitions)]
+        self._ask(lambda: self._client.create_partitions(wanted), f"the topic {{}} can't have {partitions} partitions")
 
     def topic_configs(self, name: str) -> dict[str, ConfigValue]:
         """Raises AdminError."""
         resource = ConfigResource(ResourceType.TOPIC, name)
-        future = self._client.describe_configs([resource])[resource]
-        entries = self._result(future, f"the configs of {name} can't be read")
+        answers = self._ask(lambda: self._client.describe_configs([resource]), f"the configs of {name} can't be read")
+        entries = answers[resource]
         return {
             key: ConfigValue(entry.value, entry.is_default or entry.source != 1)
             for key, entry in sorted(entries.items())
@@ -167,8 +181,7 @@ class KafkaAdmin:
             for key, value in changes.items()
         ]
         resource = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
-        future = self._client.incremental_alter_configs([resource])[resource]
-        self._result(future, f"the configs of {name} can't be changed")
+        self._ask(lambda: self._client.incremental_alter_configs([resource]), f"the configs of {name} can't be changed")
 
     # Offsets
 
@@ -180,8 +193,8 @@ class KafkaAdmin:
             return {}
         wanted = {TopicPartition(topic, index): spec for topic, index in partitions}
         found = {}
-        for place, future in self._client.list_offsets(wanted, **options).items():
-            answer = self._result(future, f"the offsets of {place.topic}-{place.partition} can't be read")
+        answers = self._ask(lambda: self._client.list_offsets(wanted, **options), "the offsets of {} can't be read")
+        for place, answer in answers.items():
             if answer.offset == OFFSET_INVALID:  # the client's way to say that the leader's answer was lost
                 raise NotReachable(
                     f"no answer about the offsets of {place.topic}-{place.partition}: its leader is away"
@@ -209,13 +222,14 @@ class KafkaAdmin:
 
     def group_states(self) -> dict[str, str]:
         """Raises AdminError."""
-        listing = self._result(self._client.list_consumer_groups(), "the groups can't be listed")
+        (listing,) = self._ask(lambda: {"": self._client.list_consumer_groups()}, "the groups can't be listed").values()
         return {group.group_id: group.state.name if group.state else "" for group in listing.valid}
 
     def describe_group(self, group: str) -> GroupDescription:
         """Raises AdminError."""
-        future = self._client.describe_consumer_groups([group])[group]
-        found = self._result(future, f"the group {group} can't be described")
+        found = self._ask(lambda: self._client.describe_consumer_groups([group]), "the group {} can't be described")[
+            group
+        ]
         members = [
             GroupMember(
                 member.member_id,
@@ -232,8 +246,11 @@ class KafkaAdmin:
 
     def committed(self, group: str) -> dict[tuple[str, int], CommittedPosition]:
         """Raises AdminError."""
-        future = self._client.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
-        found = self._result(future, f"the offsets of {group} can't be read")
+        request = [ConsumerGroupTopicPartitions(group)]
+        answers = self._ask(
+            lambda: self._client.list_consumer_group_offsets(request), "the offsets of {} can't be read"
+        )
+        found = answers[group]
         return {
             (each.topic, each.partition): CommittedPosition(each.offset, each.metadata or "")
             for each in found.topic_partitions
@@ -246,16 +263,18 @@ class KafkaAdmin:
             TopicPartition(topic, index, offset, metadata) if metadata else TopicPartition(topic, index, offset)
             for (topic, index), (offset, metadata) in positions.items()
         ]
-        request = ConsumerGroupTopicPartitions(group, places)
-        future = self._client.alter_consumer_group_offsets([request])[group]
-        found = self._result(future, f"the offsets of {group} can't be changed")
+        request = [ConsumerGroupTopicPartitions(group, places)]
+        answers = self._ask(
+            lambda: self._client.alter_consumer_group_offsets(request), "the offsets of {} can't be changed"
+        )
+        found = answers[group]
         for each in found.topic_partitions:
             if each.error is not None:
                 raise AdminError(f"the offset of {each.topic}-{each.partition} can't be changed: {each.error.str()}")
 
     def delete_group(self, group: str) -> None:
         """Raises AdminError."""
-        self._result(self._client.delete_consumer_groups([group])[group], f"the group {group} can't be deleted")
+        self._ask(lambda: self._client.delete_consumer_groups([group]), "the group {} can't be deleted")
 
     def _metadata(self, seconds: float = TIMEOUT_SECONDS) -> ClusterMetadata:
         """Raises NotReachable."""
@@ -268,10 +287,27 @@ class KafkaAdmin:
                 "(HEADWATER_BOOTSTRAP_SERVERS)."
             ) from None
 
-    def _result(self, future: "Future[Any]", what: str) -> Any:
-        try:
-            return future.result(TIMEOUT_SECONDS)
-        except KafkaException as error:
-            raise AdminError(f"{what}: {error.args[0].str()}") from None
-        except TimeoutError:
-            raise NotReachable(f"{what}: no answer from {self._servers} within {TIMEOUT_SECONDS:.0f} s") from None
+    def _ask(self, ask: "Callable[[], Mapping[K, Future[Any]]]", what: str) -> dict[K, Any]:
+        """The answers to a request, by what was asked for; once more, for a while, when a node hasn't taken up its work yet.
+
+        what: what an error begins with, `{}` being what was asked for. Raises AdminError.
+        """
+        deadline = time.monotonic() + PASSING_SECONDS
+        while True:
+            found = {}
+            for key, future in ask().items():
+                name = f"{key.topic}-{key.partition}" if isinstance(key, TopicPartition) else str(key)
+                about = what.replace("{}", name)
+                try:
+                    found[key] = future.result(TIMEOUT_SECONDS)
+                except KafkaException as error:
+                    if error.args[0].code() in PASSING and time.monotonic() < deadline:
+                        break
+                    raise AdminError(f"{about}: {error.args[0].str()}") from None
+                except TimeoutError:
+                    raise NotReachable(
+                        f"{about}: no answer from {self._servers} within {TIMEOUT_SECONDS:.0f} s"
+                    ) from None
+            else:
+                return found
+            time.sleep(PASSING_PAUSE_SECONDS)

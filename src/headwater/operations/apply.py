@@ -18,7 +18,8 @@ import msgspec
 
 from headwater.event.topic import InvalidTopic, retention_ms
 from headwater.kafka.admin import KafkaAdmin
-from headwater.runtime.app import App, topics_of
+from headwater.runtime.app import App
+from headwater.runtime.topics import declared
 from headwater.settings import InvalidSetting
 
 REPLICATION = "replication"
@@ -87,7 +88,7 @@ def declared_by(app: App, source: str) -> Declaration:
     return Declaration(
         tuple(
             DeclaredTopic(name, partitions, replication, configs, source, follows=bool(EXEMPT.match(name)))
-            for name, (partitions, replication, configs) in topics_of(app).items()
+            for name, (partitions, replication, configs) in declared(app.topics, app.handlers).items()
         )
     )
 

@@ -15,8 +15,7 @@ import contextlib
 import logging
 import os
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
@@ -26,7 +25,7 @@ from sqlalchemy.orm import Session
 from headwater.asgi import CannotListen, bind, serve
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
-from headwater.kafka.admin import AdminError, KafkaAdmin
+from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.producer import (
     Acknowledged,
     KafkaProducer,
@@ -35,6 +34,7 @@ from headwater.kafka.producer import (
     Profile,
     TransactionalProducer,
 )
+from headwater.runtime import topics
 from headwater.runtime.alert import Alerts
 from headwater.runtime.handler import Function, Handler, InvalidHandler, Options, Tier
 from headwater.runtime.history import History
@@ -42,9 +42,8 @@ from headwater.runtime.job import Job
 from headwater.runtime.publish import Router
 from headwater.runtime.relay import Relay
 from headwater.runtime.retry import Delivery, Errors, GivingUp, Retry
-from headwater.runtime.retry_topic import DEAD_CONFIGS, HEADER_ROOM, RETRY_CONFIGS
 from headwater.runtime.schemas import Schemas
-from headwater.runtime.subscription import Beside, Runner, Subscription, Surroundings
+from headwater.runtime.subscription import Beside, CannotStart, Runner, Subscription, Surroundings
 from headwater.runtime.timers import Timers
 from headwater.runtime.tracing import AsgiApp, CorrelationMiddleware
 from headwater.runtime.transaction import unique_id
@@ -60,13 +59,7 @@ F = TypeVar("F", bound=Function)
 
 STOP_SECONDS = 20.0
 JOB_LOOK_SECONDS = 0.3
-DEFAULT_MAX_MESSAGE_BYTES = "1048588"
-KNOWN_SECONDS = 15.0  # for a topic that was made to be known everywhere
 DEFAULT_RETRY = Retry()
-
-
-class CannotStart(Exception):
-    """The application can't start; the message says what to do."""
 
 
 class JobCutOff(Exception):
@@ -310,7 +303,7 @@ class App:
     async def _open(self) -> None:
         loop = asyncio.get_running_loop()
         self._check_handlers()
-        await loop.run_in_executor(None, self._create_topics)
+        await loop.run_in_executor(None, self._make_topics)
         await loop.run_in_executor(None, self._check_transactions)
         await loop.run_in_executor(None, self.prepare_schemas)
         if self._database is not None:
@@ -370,51 +363,11 @@ class App:
         if self._failed is not None:
             self._failed(error)
 
-    def _create_topics(self) -> None:
-        """What is declared and missing is made; what is there is left as it is. Raises CannotStart, AdminError.
-
-        A handler's retry and dead-letter topics come before its source, so that nothing is taken that can't be parked.
-        """
-        admin = KafkaAdmin(self.settings)
-        admin.check_reachable()
-        present = admin.partition_counts()
-        wanted: dict[str, tuple[int, dict[str, str]]] = {}
-        for handler in self.handlers:
-            wanted.update(_topics_of_failures(handler, admin, present))
-        wanted.update({topic.name: (topic.partitions, topic.configs) for topic in self.topics})
-        missing = {name: shape for name, shape in wanted.items() if name not in present}
-        small = {
-            name: partitions
-            for handler in self.handlers
-            for name, (partitions, _) in wanted.items()
-            if name in (handler.retry_topic, handler.dead_topic) and present.get(name, partitions) < partitions
-        }
-        if (missing or small) and not self.settings.create_topics:
-            commands = [
-                f"  headwater topics create {name} --partitions {partitions}"
-                + "".join(f" --config {key}={value}" for key, value in configs.items())
-                for name, (partitions, configs) in missing.items()
-            ]
-            commands += [f"  headwater topics alter {name} --partitions {count}" for name, count in small.items()]
-            raise CannotStart(
-                f"{self.name} needs topics that are missing or too small, and may not create them. Run:\n"
-                + "\n".join(commands)
-            )
-        replications = {topic.name: topic.replication for topic in self.topics if topic.replication is not None}
-        brokers = admin.broker_count() if replications else 0
-        for name, (partitions, configs) in missing.items():
-            # what is declared for a cluster runs on a laptop too; `headwater apply` says what is missing
-            replicas = min(replications.get(name, -1), brokers) if name in replications else -1
-            admin.create_topic(name, partitions, replicas, configs)
-        for name, partitions in small.items():
-            admin.grow_topic(name, partitions)
-        names = sorted({topic.name for topic in self._read})
-        described = _when_known(lambda: admin.describe_topics(names)) if names else []
-        self._topic_ids = {each.name: each.topic_id for each in described}
-        self._retentions = {
-            name: int(_when_known(lambda name=name: admin.topic_configs(name))["retention.ms"].value)  # type: ignore[misc]
-            for name in {h.topic.name for h in self.handlers if h.delivery is Delivery.EFFECTIVELY_ONCE}
-        }
+    def _make_topics(self) -> None:
+        """Raises CannotStart, AdminError."""
+        topics.make(self.name, self.topics, self.handlers, self.settings)
+        self._topic_ids = topics.ids(sorted({topic.name for topic in self._read}), self.settings)
+        self._retentions = topics.retentions_ms(self.handlers, self.settings)
 
     def _check_transactions(self) -> None:
         """Raises CannotStart."""
@@ -428,19 +381,6 @@ class App:
                         f"({error}). The embedded broker has none yet: run on Apache Kafka, or use effectively_once."
                     ) from None
                 return
-
-    def _grow(self, handler: Handler, partitions: int) -> None:
-        """The source has grown while the application runs. Raises AdminError."""
-        if not self.settings.create_topics:
-            raise AdminError(
-                f"{handler.topic.name} has grown: run `headwater topics alter {handler.retry_topic} --partitions {partitions}` "
-                f"and the same for {handler.dead_topic}."
-            )
-        admin = KafkaAdmin(self.settings)
-        counts = admin.partition_counts()
-        for name in (handler.retry_topic, handler.dead_topic):
-            if counts.get(name, partitions) < partitions:
-                admin.grow_topic(name, partitions)
 
     async def run(self, stop: asyncio.Event, *, until_now: bool = False) -> None:
         """Until `stop` is set. until_now: until its handlers have handled all that their topics have at the start, dead letters
@@ -524,7 +464,7 @@ class App:
             failed,
             self._router.encode,
             self._schemas,
-            self._grow,
+            lambda handler, partitions: topics.grow(handler, partitions, self.settings),
         )
 
     def _subscribe(self, around: Surroundings, loop: asyncio.AbstractEventLoop) -> list[Subscription]:
@@ -549,64 +489,6 @@ class App:
             raise CannotStart(
                 f"{self.name} can't serve {error}. Stop what uses the port, or give `app.web` another."
             ) from None
-
-
-def _topics_of_failures(
-    handler: Handler, admin: KafkaAdmin, present: Mapping[str, int]
-) -> dict[str, tuple[int, dict[str, str]]]:
-    """The retry topic and the dead-letter topic, by name, with partitions and configs; none without a retry policy.
-
-    Raises AdminError.
-    """
-    if handler.options.retry is None:
-        return {}
-    partitions: int = handler.topic.partitions
-    configs: Mapping[str, str] = handler.topic.configs
-    if handler.topic.name in present:
-        partitions = present[handler.topic.name]
-        if handler.dead_topic not in present or handler.retry_topic not in present:
-            found = _when_known(lambda: admin.topic_configs(handler.topic.name))
-            configs = {name: each.value for name, each in found.items()}
-    return _failure_shapes(handler, partitions, configs)
-
-
-def _failure_shapes(
-    handler: Handler, partitions: int, configs: Mapping[str, str]
-) -> dict[str, tuple[int, dict[str, str]]]:
-    """Of a source with these."""
-    largest = {"max.message.bytes": str(int(configs.get("max.message.bytes", DEFAULT_MAX_MESSAGE_BYTES)) + HEADER_ROOM)}
-    return {
-        handler.retry_topic: (partitions, {**RETRY_CONFIGS, **largest}),
-        handler.dead_topic: (partitions, {**DEAD_CONFIGS, **largest}),
-    }
-
-
-def topics_of(app: App) -> dict[str, tuple[int, int | None, dict[str, str]]]:
-    """What the application declares: partitions, replicas and configs, by name; its handlers' retry and dead-letter topics
-    among them, with the replicas of their source."""
-    found = {topic.name: (topic.partitions, topic.replication, dict(topic.configs)) for topic in app.topics}
-    for handler in app.handlers:
-        if handler.options.retry is not None:
-            shapes = _failure_shapes(handler, handler.topic.partitions, handler.topic.configs)
-            found.update(
-                {name: (count, handler.topic.replication, configs) for name, (count, configs) in shapes.items()}
-            )
-    return found
-
-
-T = TypeVar("T")
-
-
-def _when_known(ask: Callable[[], T]) -> T:
-    """What was made just now is not known to every node at once. Raises AdminError."""
-    deadline = time.monotonic() + KNOWN_SECONDS
-    while True:
-        try:
-            return ask()
-        except AdminError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
 
 
 Choice = TypeVar("Choice", bound=StrEnum)

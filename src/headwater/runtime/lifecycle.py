@@ -7,7 +7,8 @@ import signal
 import sys
 
 from headwater.event_loop import new_event_loop
-from headwater.runtime.app import App, CannotStart
+from headwater.runtime.app import App
+from headwater.runtime.subscription import CannotStart
 
 
 def load(target: str) -> App:

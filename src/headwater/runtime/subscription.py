@@ -46,6 +46,10 @@ CLEAN_SECONDS = 3600.0  # between cleanings of the inbox
 KEPT_BEYOND_RETENTION = timedelta(days=7)
 
 
+class CannotStart(Exception):
+    """The application can't start; the message says what to do."""
+
+
 class Surroundings(NamedTuple):
     """What an application gives all its subscriptions."""
 

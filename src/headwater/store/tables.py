@@ -1,11 +1,11 @@
 """The tables that Headwater keeps in an application's database.
 
-headwater_outbox   events that are to be published: see headwater.store.outbox
-headwater_inbox    events that were handled, by group: see headwater.store.inbox
-headwater_patterns what patterns know of their keys: see headwater.stream.pattern
+headwater_outbox       events that are to be published: see headwater.store.outbox
+headwater_inbox        events that were handled, by group: see headwater.store.inbox
+headwater_patterns     what patterns know of their keys: see headwater.stream.pattern
 headwater_projections  how far read models are: see headwater.store.read_model
-headwater_sagas    long processes: see headwater.domain.saga
-headwater_timers   events that are to be published later: see headwater.store.schedule
+headwater_sagas        long processes: see headwater.domain.saga
+headwater_timers       events that are to be published later: see headwater.store.schedule
 """
 
 from sqlalchemy import (

@@ -20,9 +20,10 @@ from collections.abc import Mapping, Sequence
 from headwater.event.event import Event
 from headwater.event.topic import Topic
 from headwater.kafka.admin import KafkaAdmin
-from headwater.runtime.app import DEFAULT_MAX_MESSAGE_BYTES, App, CannotStart
+from headwater.runtime.app import App
 from headwater.runtime.retry_topic import HEADER_ROOM
-from headwater.runtime.subscription import Runner, Surroundings
+from headwater.runtime.subscription import CannotStart, Runner, Surroundings
+from headwater.runtime.topics import DEFAULT_MAX_MESSAGE_BYTES
 
 
 class InvalidAudit(ValueError):
