@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("a copy is no digest when its content is gone", "src/headwater/trust/verifier.py", "if is_copy else (key, value, list(own)) != (None, None, [])", "if is_copy and value else False",
            "tests/trust/test_audit.py::test_a_copy_that_was_taken_away_is_found"),
     Mutant("a range ends where it was said to", "src/headwater/kafka/reader.py", "                        if offset < end:\n", "                        if True:\n",
-           "tests/kafka/test_reader.py::test_a_range_is_read_and_then_the_next[embedded]"),
+           "tests/client/test_reader.py::test_a_range_is_read_and_then_the_next[embedded]"),
     Mutant("an audit's verifier goes by the hash before", "src/headwater/trust/verifier.py", "if not hashes or hash_ in hashes:", "if sequence == wanted:",
            "tests/trust/test_audit.py::test_every_change_of_a_byte_is_found"),
     Mutant("a registry that was suspended asks who writes", "src/headwater/registry/leader.py",
