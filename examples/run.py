@@ -4,6 +4,7 @@ python -m examples.run shop embedded|kafka|kafka3
 """
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -167,6 +168,12 @@ class Run:
         """`headwater up stop|start NAME`."""
         command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), action, name]
         subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL)
+
+    def pids(self) -> dict[str, int | None]:
+        """Of the processes, by name; None of one that doesn't run."""
+        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), "status", "--json"]
+        listed = subprocess.run(command, check=True, env=self.environment, capture_output=True, text=True)
+        return {each["name"]: each["pid"] for each in json.loads(listed.stdout)["processes"]}
 
     def stop(self) -> int:
         """The supervisor's exit code."""

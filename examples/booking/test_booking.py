@@ -1,13 +1,17 @@
 """The booking system end to end: its own processes, real Redis, OpenSearch and SMTP, on both engines and on three racks."""
 
 import asyncio
+import itertools
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from typing import Any
@@ -19,16 +23,17 @@ from confluent_kafka import Consumer, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from opensearchpy import OpenSearch
 from sqlalchemy import create_engine, text
-from tests.conftest import Evidence
+from tests.conftest import Engine, Evidence
 from tests.kit.clients import wait_until
 from tests.kit.kafka import make_archive
+from tests.kit.running import Running, settings_for
 
-from examples.booking.domain import availability, bookings, practitioners
+from examples.booking.domain import BookingCreated, availability, bookings, practitioners
 from examples.booking.feed import FIRST_DAY, booking, practitioner
 from examples.booking.index import PRACTITIONERS, SLOTS
 from examples.booking.rebuild import GROUPS
 from examples.run import Run, any_port
-from headwater import Settings, Topic
+from headwater import App, Settings, Topic
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import Message, headers_of
@@ -222,13 +227,7 @@ def test_each_booking_and_cancellation_is_told_once_by_mail_and_sms(system: Run)
 def test_a_consumer_is_added_without_touching_the_others(system: Run) -> None:
     """S000.6: analytics, started in the midst of it, counts every event from the first; no other process is started again.
     (both engines)"""
-
-    def pids() -> dict[str, int]:
-        command = [sys.executable, "-m", "headwater", "up", "--data", str(system.data), "status", "--json"]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True)
-        return {each["name"]: each["pid"] for each in json.loads(listed.stdout)["processes"]}
-
-    before = pids()
+    before = system.pids()
     url = f"sqlite:///{system.data / 'analytics.db'}"
     environment = {**system.environment, "HEADWATER_BOOTSTRAP_SERVERS": system.servers, "HEADWATER_DATABASE_URL": url}
     process = subprocess.Popen(
@@ -251,7 +250,112 @@ def test_a_consumer_is_added_without_touching_the_others(system: Run) -> None:
     finally:
         process.terminate()
         assert process.wait(60) == 0
-    assert pids() == before
+    assert system.pids() == before
+
+
+class Instances:
+    """Of one consumer of a topic with the partitions of the bookings', each handling one booking at a time."""
+
+    def __init__(self, engine: Engine, name: str, work: Callable[[], None]) -> None:
+        """work: done for each booking."""
+        self.topic = Topic(name, key="practitioner_id", events=[BookingCreated], partitions=bookings.partitions)
+        self.running: list[Running] = []
+        self.handled = 0
+        self._settings = settings_for(engine)
+        self._work = work
+        self._lock = threading.Lock()
+
+    def start(self, count: int) -> None:
+        for _ in range(count):
+            app = App(self.topic.name, settings=self._settings)
+            app.handler(self.topic, group=self.topic.name, concurrency=1, threads=1)(self._book)
+            self.running.append(Running(app).__enter__())
+
+    def _book(self, event: BookingCreated) -> None:
+        self._work()
+        with self._lock:
+            self.handled += 1
+
+    def stop(self) -> None:
+        for each in self.running:
+            each.stop()
+
+    def owned(self) -> list[list[int]]:
+        """The partitions of each member, those with the fewest first."""
+        admin = KafkaAdmin(self._settings)
+        if self.topic.name not in admin.group_states():
+            return []
+        members = admin.describe_group(self.topic.name).members
+        return sorted(([partition for _, partition in each.partitions] for each in members), key=len)
+
+    def publish(self, count: int) -> int:
+        """So many to each partition, and a few more; how many."""
+        app = App("publisher", settings=self._settings, topics=[self.topic])
+
+        def booking_of(key: str, number: int) -> BookingCreated:
+            return BookingCreated(key, f"{key}-{number}", "c@example.org", "+1", FIRST_DAY, number)
+
+        async def publish() -> int:
+            async with app.lifespan():
+                keys: dict[int, str] = {}
+                numbers = itertools.count()
+                while len(keys) < self.topic.partitions:
+                    key = f"p-{next(numbers)}"
+                    keys.setdefault((await app.publish(booking_of(key, 0))).partition, key)
+                events = [booking_of(key, number) for number in range(1, count) for key in keys.values()]
+                await app.publish_all(events)
+                return next(numbers) + len(events)
+
+        return asyncio.run(publish())
+
+
+@pytest.mark.server
+def test_six_instances_own_a_partition_each_and_the_seventh_waits(engine: Engine, unique: str) -> None:
+    """S000.13: of seven instances six own one partition each and are at work at the same time, the seventh has none, until one
+    of the six goes. (both engines)"""
+    inside = threading.Semaphore(0)
+    together = threading.Event()
+
+    def work() -> None:
+        inside.release()
+        together.wait(60)
+
+    instances = Instances(engine, unique, work)
+    try:
+        instances.start(7)
+        wait_until(lambda: [len(each) for each in instances.owned()] == [0, 1, 1, 1, 1, 1, 1], "six owners", 60)
+        assert sorted(itertools.chain(*instances.owned())) == list(range(6))
+        published = instances.publish(5)
+        assert all(inside.acquire(timeout=60) for _ in range(6)), "six at the same time, as none of them has ended"
+        together.set()
+        wait_until(lambda: instances.handled == published, "all of them", 60)
+        instances.running.pop().stop()
+        wait_until(lambda: [len(each) for each in instances.owned()] == [1, 1, 1, 1, 1, 1], "six that are left", 60)
+    finally:
+        together.set()
+        instances.stop()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_throughput_grows_from_one_instance_to_six(engine: Engine, unique: str, evidence: Evidence) -> None:
+    """S000.13: bookings of 5 ms of waiting each, by 1, 2, 3, 6 and 7 instances. (both engines)"""
+    rates = {}
+    for count in (1, 2, 3, 6, 7):
+        instances = Instances(engine, f"{unique}-{count}", lambda: time.sleep(0.005))
+        try:
+            instances.start(count)
+            wait_until(lambda: sum(map(len, instances.owned())) == 6 and len(instances.owned()) == count, "owners", 60)  # noqa: B023
+            began = time.perf_counter()
+            published = instances.publish(200)
+            wait_until(lambda: instances.handled == published, "all of them", 120)  # noqa: B023
+            rates[count] = published / (time.perf_counter() - began)
+        finally:
+            instances.stop()
+    evidence.write(
+        "booking-instances", {"engine": engine.name, **{f"{n}, events/s": f"{rate:.0f}" for n, rate in rates.items()}}
+    )
+    assert rates[1] < rates[2] < rates[3] < rates[6], rates
 
 
 def rebuild(run: Run) -> None:
@@ -401,28 +505,58 @@ def test_one_broker_lost_is_survived(racks: Run) -> None:
     wait_equal(racks)
 
 
+CONSUMERS = ("availability", "search", "notifications")
+
+
+@contextmanager
+def consumers(run: Run, state: str) -> Iterator[None]:
+    """up, down, or asleep: suspended in the middle of what they do."""
+    if state == "up":
+        yield
+    elif state == "down":
+        for name in CONSUMERS:
+            run.control("stop", name)
+        yield
+        for name in CONSUMERS:
+            run.control("start", name)
+    else:
+        pids = [pid for name, pid in run.pids().items() if name in CONSUMERS and pid is not None]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine_name", ["embedded", "kafka"])
 def test_booking_does_not_wait_for_its_consumers(engine_name: str, evidence: Evidence) -> None:
-    """S000.4: the 99th percentile of 2,000 bookings with all consumers running, and stopped."""
+    """S000.4: the 99th percentile of 2,000 bookings with all consumers up, down, and asleep. They share the two cores of the
+    machine: up, they cost what they do."""
     with running(engine_name) as run:
         for number in range(40):
             httpx.put(f"{run.url}/practitioners/p-{number}", json=practitioner(number, 30, 16))
         percentiles = {}
-        for state in ("warm", "up", "down"):
-            for name in ("availability", "search", "notifications"):
-                if state == "down":
-                    run.control("stop", name)
+        for turn, (state, count) in enumerate([("up", 200), ("up", 2000), ("down", 2000), ("asleep", 2000)]):
             seconds = []
-            with httpx.Client(base_url=run.url, timeout=30) as client:
-                for i in range(2000 if state != "warm" else 200):
-                    p, d, s = i % 40, (i // 40) % 30, {"warm": 15, "up": 0, "down": 8}[state] + (i // 1200)
+            with consumers(run, state), httpx.Client(base_url=run.url, timeout=30) as client:
+                for i in range(count):
+                    p, d, s = i % 40, (i // 40) % 30, turn * 4 + i // 1200
                     day = date.fromordinal(FIRST_DAY.toordinal() + d).isoformat()
                     given = {**booking(random.Random(i)), "practitionerId": f"p-{p}", "day": day, "slot": s}
                     began = time.perf_counter()
-                    assert client.put(f"/bookings/{state}-{i}", json=given).status_code == 201
+                    assert client.put(f"/bookings/{turn}-{i}", json=given).status_code == 201
                     seconds.append(time.perf_counter() - began)
-            percentiles[state] = sorted(seconds)[int(len(seconds) * 0.99)] * 1000
-        evidence.write("booking-p99", {"engine": engine_name, "bookings": 2000, "p99 with consumers, ms":
-                       f"{percentiles['up']:.1f}", "p99 without, ms": f"{percentiles['down']:.1f}"})  # fmt: skip
+            percentiles[state] = f"{sorted(seconds)[int(len(seconds) * 0.99)] * 1000:.1f}"
+        wait_equal(run)
+        evidence.write(
+            "booking-p99",
+            {
+                "engine": engine_name,
+                "bookings": "3 x 2000",
+                **{f"p99 with consumers {state}, ms": found for state, found in percentiles.items()},
+            },
+        )

@@ -407,17 +407,10 @@ def test_a_payment_that_fails_gives_the_stock_back(busy: Run) -> None:
 
 def kill_service(run: Run, name: str) -> None:
     """-9; the supervisor has started it again."""
-
-    def pid() -> int | None:
-        command = [sys.executable, "-m", "headwater", "up", "--data", str(run.data), "status", "--json"]
-        listed = subprocess.run(command, capture_output=True, text=True, check=True)
-        found: int | None = next(each["pid"] for each in json.loads(listed.stdout)["processes"] if each["name"] == name)
-        return found
-
-    before = pid()
+    before = run.pids()[name]
     assert before is not None
     os.kill(before, signal.SIGKILL)
-    wait_until(lambda: pid() not in (None, before), f"{name} to be started again")
+    wait_until(lambda: run.pids()[name] not in (None, before), f"{name} to be started again")
     run.wait_ready()
 
 

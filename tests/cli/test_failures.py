@@ -353,6 +353,7 @@ def test_alerts_are_told_once_and_once_again_on_recovery(embedded: Engine, uniqu
         wait_until(lambda: "raised" in states("breaker"), "the breaker's alert")
         out.clear()
         wait_until(lambda: states("breaker") == ["raised", "recovered"], "the breaker's recovery", 60)
+        wait_until(lambda: states("tier")[-1:] == ["recovered"], "the tier's recovery")
     server.shutdown()
 
     tier = states("tier")  # a slow machine may be late with the first event too

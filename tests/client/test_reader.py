@@ -1,9 +1,12 @@
 """Reading up to an end: all that lies before it, nothing beyond it, and an error when it doesn't come."""
 
+from types import SimpleNamespace
+
 import pytest
 from confluent_kafka import Message, Producer
 
-from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka import reader as reader_module
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed
 from headwater.kafka.reader import KafkaReader, offset_of, place_of, read_all
 from tests.conftest import Engine
@@ -46,11 +49,44 @@ def test_an_end_that_does_not_come_is_an_error(engine: Engine, unique: str) -> N
     positions: dict[tuple[str, int], int] = {(unique, 0): 0}
     found: list[Message] = []
     reader = KafkaReader(settings, {})
-    batches = reader.up_to({(unique, 0): 5}, positions, 1.5)
-    with pytest.raises(ConsumerFailed, match=rf"{unique}-0 could not be read to its end: nothing came for 1.5 s"):
+    for batch in reader.up_to({(unique, 0): 3}, positions):
+        found += batch
+    batches = reader.up_to({(unique, 0): 5}, positions, 2.0)
+    with pytest.raises(ConsumerFailed, match=rf"{unique}-0 could not be read to its end: nothing came for 2 s"):
         found.extend(each for batch in batches for each in batch)
     reader.close()
     assert (len(found), positions) == (3, {(unique, 0): 3})
+
+
+def test_what_its_reader_does_meanwhile_is_no_silence(
+    embedded: Engine, unique: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """However long it takes over a batch; and it may leave in the middle."""
+    settings = settings_for(embedded)
+    KafkaAdmin(settings).create_topic(unique, 1)
+    write(embedded, unique, 0, 20)
+    monkeypatch.setattr(reader_module, "TAKE", 5)
+    now = [0.0]
+    monkeypatch.setattr(reader_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    reader = KafkaReader(settings, {})
+    positions = {(unique, 0): 0}
+    found = 0
+    for batch in reader.up_to({(unique, 0): 20}, positions, 10):
+        found += len(batch)
+        now[0] += 100
+    assert found == 20
+    left = reader.up_to({(unique, 0): 20}, {(unique, 0): 0}, 10)
+    next(left)
+    reader.close()
+    del left
+    assert not [each for each in recwarn if "closed" in str(each.message)]
+
+
+def test_what_is_not_there_is_an_error(embedded: Engine, unique: str) -> None:
+    """With its name."""
+    settings = settings_for(embedded)
+    with pytest.raises(AdminError, match=f"there is no topic {unique}"):
+        list(read_all(settings, KafkaAdmin(settings), [unique]))
 
 
 def test_all_of_topics_ends_where_they_end_now(engine: Engine, unique: str) -> None:

@@ -11,13 +11,14 @@ import textwrap
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import psycopg
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from hypothesis import given, strategies
 from sqlalchemy import ForeignKey, Index, String, create_engine, func, select, text
@@ -25,12 +26,15 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from typer.testing import CliRunner
 
-from headwater import App, Event, Projection, Rows, Tombstone, Topic
+from headwater import App, Envelope, Event, Projection, Rows, Tombstone, Topic
 from headwater.cli.commands import app as commands
-from headwater.domain import projector, rebuild
+from headwater.domain import projector, rebuild, repeats
 from headwater.domain.projection import InvalidProjection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
+from headwater.domain.repeats import Repeats
 from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.consumer import headers_of
+from headwater.kafka.reader import place_of, read_all
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.schemas import Schemas
 from headwater.store import read_model
@@ -442,6 +446,78 @@ def test_a_check_that_was_stopped_takes_nothing_from_the_next_rebuild(
     with Running(world.new_app()):
         wait_until(lambda: world.count() == 200, "all events")
     assert world.totals() == expected(events)
+
+
+def copy_all(world: World) -> None:
+    """Each record of the topic once more, where it is."""
+    settings = settings_for(world.engine)
+    producer = Producer({"bootstrap.servers": world.engine.bootstrap_servers})
+    for record in read_all(settings, KafkaAdmin(settings), [world.topic.name]):
+        producer.produce(
+            world.topic.name, record.value(), record.key(), place_of(record)[1], headers=headers_of(record)
+        )
+    assert producer.flush(30) == 0
+
+
+def test_an_event_that_was_published_twice_counts_once(world: World) -> None:
+    """As an outbox does whose relay dies before it has deleted what was acknowledged; live, after a restart, and in a rebuild
+    that was stopped in between. (both engines and databases)"""
+    events = bought_events(100)
+    world.publish(*events[:50])
+    copy_all(world)
+    with Running(world.app):
+        world.publish(Bought("last-1", "c-last", 1))
+        wait_until(lambda: "c-last" in world.totals(), "the last one")
+    assert world.totals() == expected([*events[:50], Bought("last-1", "c-last", 1)])
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    copy_all(world)
+    with pytest.raises(KeyboardInterrupt):
+        world.rebuild(tell=stop)
+    world.publish(*events[50:])
+    copy_all(world)
+    world.publish(Bought("last-2", "c-later", 1))
+    with Running(world.new_app()):
+        wait_until(lambda: "c-later" in world.totals(), "the last one after a restart")
+        world.rebuild()
+        wait_until(lambda: world.count() == 102, "all of them")
+        assert world.rebuild(check=True).is_equal
+    assert world.totals() == expected([*events, Bought("last-1", "c-last", 1), Bought("last-2", "c-later", 1)])
+
+
+NOW = datetime.now(UTC)
+RECORDS = strategies.lists(strategies.integers(0, 12), max_size=60)
+
+
+@given(RECORDS, strategies.integers(0, 60), strategies.integers(1, 12), strategies.integers(1, 9))
+def test_repeats_are_the_same_from_wherever_one_reads(events: list[int], start: int, window: int, batch: int) -> None:
+    """A record is a repeat if and only if its event stands within the window before it; also when a batch is asked for twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeats, "WINDOW", window)
+        known, place = Repeats(), ("t", 0)
+
+        def is_repeat(i: int) -> bool:
+            return known.has(place, i, Envelope(str(events[i]), "Bought", "1.0", NOW, "shop", "c", None, None))
+
+        for i in range(max(0, start - window), min(start, len(events))):
+            is_repeat(i)
+        for first in range(start, len(events), batch):
+            those = range(first, min(first + batch, len(events)))
+            for _ in range(2):
+                assert [is_repeat(i) for i in those] == [events[i] in events[max(0, i - window) : i] for i in those]
+            known.passed({place: those.stop})
+
+
+def test_an_id_is_its_sources() -> None:
+    """Two sources may count their events alike."""
+    known = Repeats()
+    sources = ("shop", "mail", "shop")
+    found = [
+        known.has(("t", 0), i, Envelope("1", "Told", "1.0", NOW, of, "c", None, None)) for i, of in enumerate(sources)
+    ]
+    assert found == [False, False, True]
 
 
 def test_a_lost_read_model_is_built_from_the_log(world: World) -> None:

@@ -7,6 +7,8 @@ import textwrap
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +17,27 @@ from sqlalchemy import text
 from headwater import App, Database, Event, Topic
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.producer import KafkaProducer
+from headwater.kafka.reader import read_all
+from headwater.runtime import relay
+from headwater.runtime.relay import Polling
 from headwater.store import tables
-from headwater.store.outbox import Outbox
+from headwater.store.lock import Lock
+from headwater.store.outbox import Outbox, OutboxRow
 from tests.conftest import Engine
-from tests.kit.clients import Confluent
+from tests.kit.clients import Confluent, wait_until
 from tests.kit.running import settings_for
 
 
 class Changed(Event):
     account_id: str
     number: int
+
+
+class Noted(Event):
+    account_id: str
+    number: int
+    note: str
 
 
 def make_app(engine: Engine, url: str, name: str) -> tuple[App, Topic]:
@@ -99,6 +112,99 @@ def test_commits_that_overtake_each_other_are_published_in_order(
     decoder = Decoder([Changed])
     assert [decoder.decode(row.payload or b"").data.number for row in after] == [1, 2]
     tables.metadata.drop_all(database.engine)
+
+
+def test_rows_that_are_under_way_are_not_read_again(database_url: str, unique: str) -> None:
+    """One that comes later is, although its position is lower than theirs. (both databases)"""
+    app, _ = make_app(Engine("none", "127.0.0.1:1"), database_url, unique)
+    tables.metadata.drop_all(app.database.engine)
+    tables.metadata.create_all(app.database.engine)
+
+    def numbers(rows: list[OutboxRow]) -> list[int]:
+        return [Decoder([Changed]).decode(row.payload or b"").data.number for row in rows]
+
+    with app.unit_of_work(app.database.sessions()) as uow:
+        for number in range(5):
+            uow.publish(Changed("a", number))
+    with app.database.engine.connect() as connection:
+        rows = Polling(Outbox(), connection, 0, threading.Event())
+
+        def next_rows(count: int) -> list[OutboxRow]:
+            """Once no transaction is open, a server's own among them."""
+            found: list[OutboxRow] = []
+            wait_until(lambda: len(found.extend(rows.next(count - len(found), 0)) or found) == count, "the rows")
+            return found
+
+        first = next_rows(3)
+        assert (numbers(first), numbers(next_rows(2)), rows.next(3, 0)) == ([0, 1, 2], [3, 4], [])
+        with app.database.sessions() as session:
+            session.execute(Outbox().insert_rows(), Outbox().values([app._router.outbox_row(Changed("b", 9))]))
+            session.execute(text("UPDATE headwater_outbox SET position = -1 WHERE key = :key"), {"key": b"b"})
+            session.commit()
+        assert numbers(next_rows(1)) == [9]
+        rows.settle(first)
+        assert rows.next(3, 0) == []
+        assert Outbox().status(connection).waiting == 3
+    tables.metadata.drop_all(app.database.engine)
+
+
+def test_nothing_overtakes_a_row_that_is_refused(
+    embedded: Engine, database_url: str, unique: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many batches are under way; what was sent before it may come again, in order; when it can be sent, all comes, in
+    order. (both databases)"""
+    monkeypatch.setattr(relay, "BATCH", 2)
+    monkeypatch.setattr(relay, "FIRST_BATCH", 2)
+    monkeypatch.setattr(relay, "TROUBLE_SECONDS", 0.2)
+    topic = Topic(unique, key="account_id", events=[Noted])
+    settings = settings_for(embedded, database_url)
+    small = replace(settings, kafka={**settings.kafka, "message.max.bytes": "5000"})
+    app = App(unique, topics=[topic], settings=small)
+    tables.metadata.drop_all(app.database.engine)
+    tables.metadata.create_all(app.database.engine)
+    with app.unit_of_work(app.database.sessions()) as uow:
+        for number in range(40):
+            uow.publish(Noted("a", number, "x" * (8000 if number == 5 else 10)))
+
+    def published() -> list[int]:
+        admin = KafkaAdmin(settings)
+        decoder = Decoder([Noted])
+        return [decoder.decode(each.value() or b"").data.number for each in read_all(settings, admin, [unique])]
+
+    held: list[bool] = []
+    close = KafkaProducer.close
+
+    def close_while_it_leads(self: KafkaProducer, seconds: float = 10.0) -> int:
+        if seconds == 0.0:
+            held.append(is_led(app))
+        return close(self, seconds)
+
+    monkeypatch.setattr(KafkaProducer, "close", close_while_it_leads)
+
+    async def run(app: App, until: Callable[[], bool]) -> None:
+        async with app.lifespan():
+            await asyncio.to_thread(wait_until, until, "the relay", 60)
+
+    asyncio.run(run(app, lambda: len(held) >= 3))
+    assert set(published()) <= set(range(5))
+    assert "Message size too large" in caplog.text
+    assert all(held), "what is under way is given up while nobody else can lead"
+    asyncio.run(run(App(unique, topics=[topic], settings=settings), lambda: 39 in published()))
+    numbers = published()
+    assert list(dict.fromkeys(numbers)) == list(range(40))
+    assert numbers[numbers.index(5) :] == list(range(5, 40))
+
+
+def is_led(app: App) -> bool:
+    """Whether a relay of this database has its lock."""
+    with app.database.own_connection("test") as connection:
+        lock = Lock(app.database, "relay")
+        if app.database.kind == "sqlite":
+            found = lock.take(connection)
+            lock.release()
+            return not found
+        query = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted")
+        return bool(connection.execute(query).scalar_one())
 
 
 def test_many_writers_keep_the_order_of_each_aggregate(embedded: Engine, database_url: str, unique: str) -> None:

@@ -25,7 +25,7 @@ from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.relay import Relay
 from headwater.settings import Settings
 from headwater.store import tables
-from headwater.store.outbox import InvalidOutbox
+from headwater.store.outbox import InvalidOutbox, OutboxRow
 from headwater.store.pgoutput import Change, Malformed, decode
 from headwater.store.replication import WHOLE, Replication, parse_snapshot, slot_name
 from tests.conftest import Engine
@@ -553,11 +553,44 @@ def test_what_a_new_slot_and_the_table_both_have_is_published_once(url: str) -> 
         source._prepare = prepare_and_write  # type: ignore[method-assign]
         source.open()
         found = source.next(10, 0.1)
+        assert source.next(10, 0.1) == [], "not before that is published"
+        assert run(
+            url, f"SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = '{source._slot}'"
+        ) == [("new",)], "if it ended here, the table would be read again"
+        source.settle(found)
         publish(2)
         wait_until(lambda: bool(found.extend(source.next(10, 0.1)) or len(found) >= 2), "the second row")
         found += source.next(10, 0.3)
         source.close()
     assert [json.loads(row.payload or b"")["data"]["number"] for row in found] == [1, 2]
+
+
+def test_the_log_is_confirmed_as_far_as_all_is_settled(url: str) -> None:
+    """Although there is always something under way."""
+    outbox = Outbox(source="replication")
+    app = App(
+        "a", topics=[Topic("t", key="account_id", events=[Changed])], settings=Settings(database_url=url), outbox=outbox
+    )
+    tables.create_tables(app.database.engine)
+    with app.database.engine.connect() as connection:
+        source = Replication(outbox, app.database.url, connection)
+        source.open()
+        source.next(10, 0.1)
+        given: list[list[OutboxRow]] = []
+        confirmed = [source._confirmed_lsn]
+        for number in range(5):
+            with app.database.sessions() as session, app.unit_of_work(session) as uow:
+                uow.publish(Changed("a", number))
+            wait_until(lambda: bool((rows := source.next(10, 0.1)) and given.append(rows) is None), "the row")
+            source.next(10, 0.1)  # the end of its transaction
+            if number:
+                source.settle(given[number - 1])
+                confirmed.append(source._confirmed_lsn)
+        assert confirmed == sorted(set(confirmed)), "further with each that was settled"
+        assert confirmed[-1] < source._read_lsn
+        source.settle(given[-1])
+        assert source._confirmed_lsn == source._read_lsn
+        source.close()
 
 
 def go(engine: Engine, url: str, topic: Topic, outbox: Outbox, numbers: range) -> None:

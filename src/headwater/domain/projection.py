@@ -21,36 +21,37 @@
 
 `headwater projections rebuild` builds it anew beside the live one, and puts it in its place.
 
-Promise    Every record changes the rows once, in the order of its partition. A rebuild is never behind what it replaces, and
-           each statement sees the one or the other whole.
-Not        An event that is in the topic twice, as an outbox may publish it when its relay dies: go by the ids of things, or by
-           the envelope's. Order between partitions. More than one process at a time: others take over when it dies. Effects
+Promise    Every event changes the rows once, in the order of its partition, also when its producer published it twice, as an
+           outbox does whose relay dies. A rebuild is never behind what it replaces, and each statement sees the one or the other
+           whole.
+Not        Events that come again after 10,000 others of their partition, as when somebody copies a topic into itself: go by the
+           ids of things. Order between partitions. More than one process at a time: others take over when it dies. Effects
            outside the tables.
 Needs      Functions that go by the event and the rows alone: what a clock or a chance decides comes out otherwise the next time.
            Topics that still have what the rows are made of.
 Proof      tests/domain/test_projection.py
 """
 
+import contextlib
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from headwater.event.codec import Unknown
+from headwater.domain.repeats import Repeats
+from headwater.event.codec import Undecodable, Unknown
 from headwater.event.envelope import Envelope
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
+from headwater.kafka.consumer import Message
+from headwater.kafka.reader import offset_of, place_of
 from headwater.runtime.app import App
-from headwater.runtime.assignment import Received
 from headwater.runtime.decoding import SchemaSource, TopicDecoder
 from headwater.runtime.subscription import Runner, Surroundings
 from headwater.store.rows import Rows, Shape, Side, shape_of
 
 F = TypeVar("F", bound=Callable[..., None])
-
-Place = tuple[str, int]
-"""A topic and the number of a partition."""
 
 
 class InvalidProjection(TypeError):
@@ -137,14 +138,21 @@ class Projection:
                 found[topic.name] = TopicDecoder(topic, classes, topic_ids[topic.name], schemas)
         return found
 
-    def apply(self, record: Received, decoder: TopicDecoder, rows: Rows) -> None:
-        """Raises Undecodable, RegistryUnreachable, and what its function raises."""
+    def apply(self, record: Message, decoder: TopicDecoder, rows: Rows, repeats: Repeats) -> None:
+        """Unless it is a repeat. Raises Undecodable, RegistryUnreachable, and what its function raises."""
         try:
             envelope = decoder.decode_now(record)
         except Unknown:
+            return
+        if repeats.has(place_of(record), offset_of(record), envelope):
             return
         function = self._functions[type(envelope.data)]
         if function.takes_envelope:
             function.call(envelope.data, rows, envelope)
         else:
             function.call(envelope.data, rows)
+
+    def pass_over(self, record: Message, decoder: TopicDecoder, repeats: Repeats) -> None:
+        """It is applied already, or left out; its repeats are not to be applied either. Raises RegistryUnreachable."""
+        with contextlib.suppress(Undecodable, Unknown):
+            repeats.has(place_of(record), offset_of(record), decoder.decode_now(record))

@@ -17,10 +17,11 @@ import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from headwater.domain.projection import Place, Projection
+from headwater.domain.projection import Projection
+from headwater.domain.repeats import WINDOW, Repeats
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, Message
-from headwater.kafka.reader import KafkaReader, offset_of, place_of
+from headwater.kafka.reader import KafkaReader, Place, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.subscription import CannotStart, Surroundings
 from headwater.store import read_model
@@ -87,6 +88,7 @@ class Projector:
         self._rows: Rows | None = None
         self._positions: dict[Place, int] = {}
         """The next offset, of every partition."""
+        self._repeats = Repeats()
         self._held: dict[Place, Held] = {}
         self._shown: dict[Place, int] = {}
         self._next_show = 0.0
@@ -220,7 +222,7 @@ class Projector:
                     f"what is between. `{command(self._projection)} --allow-gap` builds it from what is left."
                 )
             self._positions[place] = offset
-            reader.add(*place, self._positions[place])
+            reader.add(*place, max(starts[place], offset - WINDOW))
 
     def _retry(self, reader: KafkaReader) -> None:
         now = time.monotonic()
@@ -265,9 +267,11 @@ class Projector:
             applied = 0
             for record in records:
                 place, offset = place_of(record), offset_of(record)
+                decoder = self._decoders[place[0]]
                 if offset < offsets[place] or (*place, offset) in progress.skipped:
-                    continue  # somebody has left it out
-                self._projection.apply(record, self._decoders[place[0]], rows)
+                    self._projection.pass_over(record, decoder, self._repeats)
+                    continue
+                self._projection.apply(record, decoder, rows, self._repeats)
                 offsets[place] = offset + 1
                 applied += 1
             rows.write()
@@ -281,6 +285,7 @@ class Projector:
         if len(records) == BATCH:
             rows.make_room(MOST_ROWS)
             self._rows = rows
+        self._repeats.passed(offsets)
         for place, offset in offsets.items():
             self._positions[place] = max(self._positions.get(place, 0), offset)
             self._held.pop(place, None)

@@ -17,12 +17,13 @@ import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
-from headwater.domain.projection import Place, Projection
+from headwater.domain.projection import Projection
 from headwater.domain.projector import advanced
+from headwater.domain.repeats import WINDOW, Repeats
 from headwater.event.codec import Undecodable
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import Message
-from headwater.kafka.reader import SILENCE_SECONDS, KafkaReader, Told, offset_of, place_of
+from headwater.kafka.reader import SILENCE_SECONDS, KafkaReader, Place, Told, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.decoding import SchemaSource
 from headwater.settings import Settings
@@ -79,6 +80,7 @@ class Rebuild:
         self._shapes = projection.shapes(Side.REBUILD)
         self._progress = Progress(projection.version)
         self._positions: dict[Place, int] = {}
+        self._repeats = Repeats()
         self._begun = self._all = 0
         self._skipped: frozenset[tuple[str, int, int]] = frozenset()
 
@@ -100,21 +102,25 @@ class Rebuild:
 
     def _run(self, connection: Connection, started: float, check: bool, anew: bool, allow_gap: bool) -> Result:
         places = self._places()
-        starts, ends = self._admin.start_offsets(places), self._admin.last_stable_offsets(places)
+        starts = self._admin.start_offsets(places)
         if not allow_gap:
             self._check_beginnings(starts)
         if not check:
             self._check_obstacles(connection)
         digests: list[Digest] = []
+        ends: Mapping[Place, int]
         if check:
             live, digests = self._look_at_live(connection)
-            ends = {place: min(ends[place], live.offset(*place) or 0) for place in places}
+            ends = {place: live.offset(*place) or 0 for place in places}
+        else:
+            ends = self._admin.last_stable_offsets(places)
         self._prepare(connection, check, anew)
         self._positions = {place: max(self._progress.offset(*place) or 0, starts[place]) for place in places}
         self._begun = sum(self._positions.values())
         self._all = sum(max(0, end - self._positions[place]) for place, end in ends.items())
         reader = KafkaReader(self._settings, {})
         try:
+            self._learn_repeats(reader, starts)
             rows = Rows(connection, self._shapes, is_empty=not self._progress.topics)
             self._read_to(connection, reader, rows, ends)
             if check:
@@ -165,6 +171,9 @@ class Rebuild:
             live = read_model.load_progress(connection, self._projection.name, Side.LIVE)
             if live is None:
                 raise CannotRebuild(f"{self._projection.name} has no live side yet: there is nothing to compare with.")
+            for topic, known in live.topics.items():
+                if topic in self._decoders and known.topic_id != self._topic_ids.get(topic):
+                    raise CannotRebuild(f"the topic {topic} was made anew since: there is nothing to compare with.")
             return live, [digest(connection, shape_of(cls)) for cls in self._projection.tables]
 
     def _prepare(self, connection: Connection, check: bool, anew: bool) -> None:
@@ -209,6 +218,7 @@ class Rebuild:
                         unsaved = 0
             else:
                 self._apply(records, rows)
+            self._repeats.passed(self._positions)
             self._tell(min(sum(self._positions.values()) - self._begun, self._all), self._all)
         if saves:
             with connection.begin():
@@ -216,14 +226,22 @@ class Rebuild:
         else:
             self._save(connection, rows)
 
+    def _learn_repeats(self, reader: KafkaReader, starts: Mapping[Place, int]) -> None:
+        """Of what an earlier rebuild has applied. Raises ConsumerFailed, RegistryUnreachable."""
+        before = {place: max(starts[place], offset - WINDOW) for place, offset in self._positions.items()}
+        for records in reader.up_to(self._positions, before):
+            for record in records:
+                self._projection.pass_over(record, self._decoders[place_of(record)[0]], self._repeats)
+
     def _apply(self, records: Sequence[Message], rows: Rows) -> int:
         """Raises CannotRebuild."""
         for record in records:
             place, offset = place_of(record), offset_of(record)
             if (*place, offset) in self._skipped:
+                self._projection.pass_over(record, self._decoders[place[0]], self._repeats)
                 continue
             try:
-                self._projection.apply(record, self._decoders[place[0]], rows)
+                self._projection.apply(record, self._decoders[place[0]], rows, self._repeats)
             except RegistryUnreachable:
                 raise
             except Exception as error:
@@ -292,7 +310,9 @@ class Rebuild:
 
     def _add(self, behind: Mapping[Place, int]) -> None:
         """Partitions that are new since the beginning."""
-        self._positions.update(self._admin.start_offsets([place for place in behind if place not in self._positions]))
+        new = self._admin.start_offsets([place for place in behind if place not in self._positions])
+        self._positions.update(new)
+        self._begun += sum(new.values())
 
     def _behind(self, live: Progress | None) -> dict[Place, int]:
         """Where the live side is further."""

@@ -1,12 +1,13 @@
 """Reading without a group: given partitions from given offsets, for ever or up to an end."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import confluent_kafka
 from confluent_kafka import KafkaError, Message, TopicPartition
 
-from headwater.kafka.admin import KafkaAdmin
+from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.client_config import logger as client_logger
 from headwater.kafka.consumer import ConsumerFailed, Gone, consumer_config
 from headwater.settings import Settings
@@ -109,9 +110,12 @@ class KafkaReader:
                 if done:
                     left.difference_update(done)
                     self._consumer.incremental_unassign([TopicPartition(*place) for place in done])
+                handed_out = time.monotonic()
                 yield batch
+                heard += time.monotonic() - handed_out  # no silence of the broker's
         finally:
-            self._consumer.unassign()
+            with contextlib.suppress(RuntimeError):  # it was closed, and this was left in the middle
+                self._consumer.unassign()
 
     def close(self) -> None:
         self._consumer.close()
@@ -122,11 +126,14 @@ def read_all(
 ) -> Iterator[Message]:
     """Every committed record of topics up to where they end now. Raises AdminError, ConsumerFailed."""
     counts = admin.partition_counts()
+    unknown = [topic for topic in topics if topic not in counts]
+    if unknown:
+        raise AdminError(f"there is no topic {unknown[0]}.")
     places = [(topic, index) for topic in topics for index in range(counts[topic])]
     positions, ends = admin.start_offsets(places), admin.last_stable_offsets(places)
-    start, end = sum(positions.values()), sum(ends.values())
-    if start == end:
+    if positions == ends:
         return
+    start, end = sum(positions.values()), sum(ends.values())
     reader = KafkaReader(settings, {})
     try:
         for batch in reader.up_to(ends, positions):

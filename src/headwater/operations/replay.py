@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from headwater.kafka.admin import CommittedPosition
+from headwater.kafka.reader import Place
 from headwater.runtime.frontier import Progress, Replay, decode_metadata, encode_metadata
-
-Place = tuple[str, int]
 
 
 class Planned(NamedTuple):

@@ -2,8 +2,13 @@
 
 One relay at a time works on a shard of a database, whoever starts it: PostgreSQL's advisory lock on the connection that reads
 and deletes, a locked file beside an SQLite database. It reads what is complete (see `headwater.store.outbox`), sends it in
-order, waits for the acknowledgements and deletes it. A crash in between sends rows again, never out of order: the
-producer stops at the first record that can't be sent, and so does the relay, loudly.
+order, waits for the acknowledgements and deletes it; the next rows are read and sent meanwhile. A crash in between sends rows
+again, in order: the producer stops at the first record that can't be sent, and so does the relay, loudly. What it has under way
+is given up before the lock is.
+
+Not        Fenced: a relay whose process, or whose connection to PostgreSQL, stands still for long enough for another one to
+           take over may have up to 4,000 rows on the wire, which the broker can append behind what the other one has sent
+           again.
 
 Of several processes each leads its part of the shards, and the others' when they go. Processes that count shards differently
 don't work at once: their keys would be in two hands.
@@ -15,14 +20,15 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile
+from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, QueueFull
 from headwater.settings import Settings
 from headwater.store.database import Database
 from headwater.store.lock import Lock
@@ -31,18 +37,32 @@ from headwater.store.outbox import Outbox, OutboxRow, Source, StreamLost
 logger = logging.getLogger(__name__)
 
 BATCH = 1000
+BATCH_BYTES = 4 << 20
+FIRST_BATCH = 100
+"""Before it is known how large rows are."""
+MOST_ROUNDS = 4
+"""Batches that are under way at once."""
 POLL_SECONDS = 0.1  # for rows that another process has committed; one's own commits wake the relay
 TROUBLE_SECONDS = 1.0
 ACK_SECONDS = 60.0
 STOP_SECONDS = 3.0
+FULL_SECONDS = 0.01
+WORD_SECONDS = 1.0
 HELD_SECONDS = 60
 LOOK_SECONDS = 60.0
 SHARE_SECONDS = 2.0  # between looks at who else leads shards
 ADVISORY_LOCK = 0x68656164  # "head"
 PRESENCE = 1_000_000  # above every shard's number
-# A record that fails for good stops those behind it, instead of leaving a gap that a later retry would fill too late.
+# A record that fails for good stops those behind it, instead of leaving a gap that a later retry would fill too late. One
+# that is given up for the time it has taken does not: before that, all are given up (ACK_SECONDS).
 # (log_level 3: the client warns at every start that this is experimental.)
-GAPLESS = {"enable.gapless.guarantee": "true", "linger.ms": "1", "log_level": "3"}
+GAPLESS = {"enable.gapless.guarantee": "true", "message.timeout.ms": "300000", "linger.ms": "1", "log_level": "3"}
+
+
+def gapless(settings: Settings) -> Settings:
+    """For a producer of which no record is left out that others came behind."""
+    given = {name: value for name, value in settings.kafka.items() if name != "delivery.timeout.ms"}
+    return replace(settings, kafka={**given, **GAPLESS})
 
 
 class Rows(Protocol):
@@ -53,10 +73,10 @@ class Rows(Protocol):
     def close(self) -> None: ...
 
     def next(self, limit: int, seconds: float) -> list[OutboxRow]:
-        """Rows that are there, or come within that time."""
+        """Rows that are there, or come within that time, and were not given out before."""
 
-    def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
-        """They were published; `is_all`: and with them all that was given out."""
+    def settle(self, rows: Sequence[OutboxRow]) -> None:
+        """They were published. In the order in which they were given out."""
 
     def keep_alive(self) -> None:
         """Called while acknowledgements are waited for."""
@@ -70,6 +90,10 @@ class Polling:
         self._connection = connection
         self._shard = shard
         self._wake = wake
+        self._next_word = 0.0
+        self._given: set[int] = set()
+        """The positions of rows that are under way. One that comes later may have a lower position than they have: it took it
+        before it knew which transaction it was of."""
 
     def open(self) -> None: ...
 
@@ -77,17 +101,24 @@ class Polling:
 
     def next(self, limit: int, seconds: float) -> list[OutboxRow]:
         self._wake.clear()
-        rows = self._outbox.read_rows(self._connection, limit, self._shard)
+        rows = self._outbox.read_rows(self._connection, limit, self._shard, self._given)
         self._connection.rollback()  # no transaction is open while records are under way
+        self._given.update(row.position for row in rows)
         if not rows:
             self._wake.wait(seconds)
         return rows
 
-    def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
+    def settle(self, rows: Sequence[OutboxRow]) -> None:
         self._outbox.settle(self._connection, rows)
         self._connection.commit()
+        self._given.difference_update(row.position for row in rows)
 
-    def keep_alive(self) -> None: ...
+    def keep_alive(self) -> None:
+        """Whether the database still knows us: the lock ends with the connection."""
+        if time.monotonic() >= self._next_word:
+            self._next_word = time.monotonic() + WORD_SECONDS
+            self._connection.execute(text("SELECT 1"))
+            self._connection.rollback()
 
 
 class Relay:
@@ -121,11 +152,12 @@ class ShardRelay:
     def __init__(self, relay: Relay, database: Database, settings: Settings, outbox: Outbox, shard: int) -> None:
         self._relay = relay
         self._database = database
-        self._settings = replace(settings, kafka={**settings.kafka, **GAPLESS})
+        self._settings = gapless(settings)
         self._outbox = outbox
         self._shard = shard
         self._wake = threading.Event()
         self._stopped = threading.Event()
+        self._stop_by = math.inf
         self._lock = Lock(database, "relay")
         self._producer: KafkaProducer | None = None
         self._next_look = 0.0
@@ -139,6 +171,7 @@ class ShardRelay:
         self._wake.set()
 
     def ask_to_stop(self) -> None:
+        self._stop_by = time.monotonic() + STOP_SECONDS
         self._stopped.set()
         self._wake.set()
 
@@ -151,14 +184,12 @@ class ShardRelay:
                 self._lead_and_work()
             except (SQLAlchemyError, NotPublished, StreamLost) as error:
                 logger.error("relay_waits seconds=%.1f error=%s", TROUBLE_SECONDS, str(error).split("\n")[0])
-                self._drop_producer()
             except Exception:
                 logger.exception("relay_failed")
-                self._drop_producer()
             finally:
                 self._relay.leads.discard(self._shard)
             self._stopped.wait(TROUBLE_SECONDS)
-        self._drop_producer()
+        self._drop_producer(STOP_SECONDS)
         self._lock.release()
 
     def _lead_and_work(self) -> None:
@@ -239,18 +270,27 @@ class ShardRelay:
     def _work(self, connection: Connection) -> None:
         """Until stopped. Raises NotPublished, SQLAlchemyError, StreamLost."""
         rows_from = self._rows(connection)
-        rows_from.open()
+        under_way: deque[Round] = deque()
+        limit = FIRST_BATCH
         try:
+            rows_from.open()
             while not self._stopped.is_set() and not self._leads_too_many(connection):
                 self._look(connection)
-                rows = rows_from.next(BATCH, POLL_SECONDS)
-                if not rows:
-                    continue
-                sent, trouble = self._send(rows, rows_from)
-                if sent:
-                    rows_from.settle(sent, is_all=trouble is None)
-                if trouble is not None:
-                    raise trouble
+                rows = rows_from.next(limit, 0.0 if under_way else POLL_SECONDS)
+                if rows:
+                    limit = _limit_after(rows)
+                    under_way.append(self._send(rows, rows_from))
+                    if under_way[-1].is_cut:
+                        break  # nothing may overtake what was refused
+                if under_way and (not rows or len(under_way) == MOST_ROUNDS):
+                    self._settle(under_way.popleft(), rows_from)
+                while under_way and under_way[0].done.is_set():
+                    self._settle(under_way.popleft(), rows_from)
+            while under_way:
+                self._settle(under_way.popleft(), rows_from)
+        except BaseException:
+            self._drop_producer(0.0)  # while nobody else can have the lock
+            raise
         finally:
             rows_from.close()
 
@@ -271,45 +311,69 @@ class ShardRelay:
             connection.commit()
         connection.commit()
 
-    def _send(self, rows: Sequence[OutboxRow], rows_from: Rows) -> tuple[list[OutboxRow], NotPublished | None]:
-        """The rows that were acknowledged, and what kept the others."""
+    def _send(self, rows: Sequence[OutboxRow], rows_from: Rows) -> "Round":
+        """Raises NotPublished when there is no room for them."""
         if self._producer is None:
             self._producer = KafkaProducer(self._settings, Profile.LATENCY)
-        round_ = Round(len(rows))
+        round_ = Round(rows)
         for place, row in enumerate(rows):
-            self._producer.send(
-                row.topic, row.key, row.payload, row.headers, functools.partial(round_.acknowledged, place)
-            )
-            if isinstance(round_.results[place], NotPublished):  # refused before it was sent: nothing may overtake it
-                round_.expect(place + 1)
+            self._send_row(row, functools.partial(round_.acknowledged, place), rows_from)
+            if isinstance(round_.results[place], NotPublished):  # refused before it was sent
+                round_.cut(place + 1)
                 break
+        return round_
+
+    def _send_row(self, row: OutboxRow, done: Callable[[Acknowledged | NotPublished], None], rows_from: Rows) -> None:
+        assert self._producer is not None
+        deadline = time.monotonic() + ACK_SECONDS
+        while True:
+            try:
+                self._producer.send(row.topic, row.key, row.payload, row.headers, done, block=False)
+                return
+            except QueueFull:
+                rows_from.keep_alive()
+                if time.monotonic() > min(deadline, self._stop_by):
+                    raise NotPublished("the client's queue is full") from None
+                time.sleep(FULL_SECONDS)
+
+    def _settle(self, round_: "Round", rows_from: Rows) -> None:
+        """Wait for its acknowledgements. Raises NotPublished, SQLAlchemyError, StreamLost."""
         deadline = time.monotonic() + ACK_SECONDS
         while not round_.done.wait(0.1):
             rows_from.keep_alive()
             if self._stopped.is_set():
-                deadline = min(deadline, time.monotonic() + STOP_SECONDS)
+                deadline = min(deadline, self._stop_by)
             if time.monotonic() > deadline:
                 break
-        results = list(round_.results)
-        sent = [row for row, result in zip(rows, results, strict=True) if isinstance(result, Acknowledged)]
-        if len(sent) == len(rows):
-            return sent, None
-        failures = [result for result in results if isinstance(result, NotPublished)]
-        return sent, failures[0] if failures else NotPublished("no acknowledgement in time")
+        sent, trouble = round_.outcome()
+        if sent:
+            rows_from.settle(sent)
+        if trouble is not None:
+            raise trouble
 
-    def _drop_producer(self) -> None:
+    def _drop_producer(self, seconds: float) -> None:
+        """What is under way has so long."""
         if self._producer is not None:
-            self._producer.close(STOP_SECONDS)
+            self._producer.close(seconds)
             self._producer = None
 
 
-class Round:
-    """The acknowledgements of some records; told in the producer's thread."""
+def _limit_after(rows: Sequence[OutboxRow]) -> int:
+    """How many rows of their size make a batch."""
+    size = sum(len(row.payload or b"") for row in rows)
+    return max(1, min(BATCH, BATCH_BYTES * len(rows) // max(1, size)))
 
-    def __init__(self, count: int) -> None:
-        self.results: list[Acknowledged | NotPublished | None] = [None] * count
+
+class Round:
+    """Rows that are under way, and their acknowledgements; told in the producer's thread."""
+
+    def __init__(self, rows: Sequence[OutboxRow]) -> None:
+        self.rows = rows
+        self.results: list[Acknowledged | NotPublished | None] = [None] * len(rows)
         self.done = threading.Event()
-        self._left = count
+        self.is_cut = False
+        """A row was refused: it and those behind it are not under way."""
+        self._left = len(rows)
         self._lock = threading.Lock()
 
     def acknowledged(self, place: int, result: Acknowledged | NotPublished) -> None:
@@ -319,9 +383,19 @@ class Round:
             if self._left <= 0:
                 self.done.set()
 
-    def expect(self, count: int) -> None:
-        """No more than the first so many were sent."""
+    def cut(self, count: int) -> None:
+        """Only the first so many were given to the producer."""
         with self._lock:
+            self.is_cut = True
             self._left -= len(self.results) - count
             if self._left <= 0:
                 self.done.set()
+
+    def outcome(self) -> tuple[list[OutboxRow], NotPublished | None]:
+        """The rows that were acknowledged, and what kept the others."""
+        results = list(self.results)
+        sent = [row for row, result in zip(self.rows, results, strict=True) if isinstance(result, Acknowledged)]
+        if len(sent) == len(results):
+            return sent, None
+        failures = [result for result in results if isinstance(result, NotPublished)]
+        return sent, failures[0] if failures else NotPublished("no acknowledgement in time")

@@ -49,7 +49,10 @@ class Database:
         if self.kind == "sqlite":
             return self.engine.connect()
         return create_engine(
-            self.engine.url, poolclass=NullPool, connect_args={"application_name": name[:63]}
+            self.engine.url,
+            poolclass=NullPool,
+            # no statements prepared by the server: it would plan for arrays without looking into them
+            connect_args={"application_name": name[:63], "prepare_threshold": None},
         ).connect()
 
     @cached_property

@@ -17,13 +17,14 @@ The table is our own, `headwater_outbox`, or one that is there already:
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 import msgspec
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     ColumnElement,
     Connection,
@@ -35,16 +36,19 @@ from sqlalchemy import (
     Table,
     Text,
     TextClause,
+    any_,
     bindparam,
     cast,
     delete,
     func,
     insert,
     literal_column,
+    not_,
     select,
     text,
     update,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import NoSuchTableError, SAWarning
 from sqlalchemy.sql.dml import Insert
 
@@ -298,14 +302,26 @@ class Outbox:
 
     # Reading
 
-    def read_rows(self, connection: Connection, limit: int, shard: int = 0) -> list[OutboxRow]:
-        """The next rows to publish, in order: none that an open transaction could still come before."""
+    def read_rows(
+        self, connection: Connection, limit: int, shard: int = 0, without: Collection[int] = ()
+    ) -> list[OutboxRow]:
+        """The next rows to publish, in order: none that an open transaction could still come before.
+
+        without: positions of rows that are had already.
+        """
         query = self._select().order_by(self._position).limit(limit)
         if connection.dialect.name == "postgresql":
             query = query.where(text(f"{self.xact_id} < pg_snapshot_xmin(pg_current_snapshot())"))
             if self.shards > 1:
                 query = query.where(self._shard() == shard)
+        if without:
+            query = query.where(not_(self._is_one_of(connection, without)))
         return self.rows_of(connection.execute(query).all())
+
+    def _is_one_of(self, connection: Connection, positions: Collection[int]) -> ColumnElement[bool]:
+        if connection.dialect.name == "postgresql":  # one parameter, however many they are
+            return self._position == any_(bindparam("positions", list(positions), type_=ARRAY(BigInteger)))
+        return self._position.in_(positions)
 
     def read_all(
         self, connection: Connection, after: int, limit: int, where: TextClause, parameters: Mapping[str, object]
@@ -373,7 +389,7 @@ class Outbox:
 
     def settle(self, connection: Connection, rows: Sequence[OutboxRow]) -> int:
         """They were published; how many were found."""
-        these = self._position.in_([row.position for row in rows])
+        these = self._is_one_of(connection, [row.position for row in rows])
         if self.published_at is None:
             return int(connection.execute(delete(self._table).where(these)).rowcount)
         marked = update(self._table).where(these).values({self.published_at: func.now()})

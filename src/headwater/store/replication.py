@@ -17,6 +17,7 @@ import re
 import selectors
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,8 +101,10 @@ class Replication:
         """The transaction that is being read was in the snapshot."""
         self._may_be_published = False
         """... was committed before the beginning, and its rows may have been published since."""
-        self._unsettled = 0
-        """Rows that were given out."""
+        self._given = self._settled = 0
+        """Rows that were given out, and how many of them were settled."""
+        self._marks: deque[tuple[int, int]] = deque()
+        """How far the log was read when so many were given out."""
         self._known_lsn = 0
         """The log's end at the beginning: what is before it may have been published."""
         self._is_inside = False
@@ -226,8 +229,10 @@ class Replication:
         if self._recovery is not None:
             rows = next(self._recovery, None)
             if rows is not None:
-                self._unsettled += len(rows)
+                self._given += len(rows)
                 return rows
+            if self._settled < self._given:
+                return []  # what is written down below must be true first
             self._recovery = None
             self._note(WHOLE)
         if self._stream is None:
@@ -253,9 +258,11 @@ class Replication:
             else:
                 raise StreamLost(f"the server has ended the stream of {self._slot}")
         found = self._without_published(found)
-        self._unsettled += len(found)
-        if not self._unsettled:
-            self._confirmed_lsn = self._read_lsn
+        self._given += len(found)
+        if self._marks and self._marks[-1][0] == self._given:
+            self._marks.pop()
+        self._marks.append((self._given, self._read_lsn))
+        self._confirm()
         self.keep_alive()
         return found
 
@@ -280,7 +287,7 @@ class Replication:
     def _take(self, data: bytes, found: list[OutboxRow]) -> None:
         if data[:1] == b"k":
             end, _, wants_answer = struct.unpack_from(">QqB", data, 1)
-            if not self._is_inside and not found and not self._unsettled:
+            if not self._is_inside and not found and self._settled == self._given:
                 self._read_lsn = self._confirmed_lsn = max(self._confirmed_lsn, end)  # nothing of ours is before it
             if wants_answer:
                 self._last_word = 0.0
@@ -307,17 +314,22 @@ class Replication:
                 self._old[position] = self._xid
             found += self._outbox.rows_of([values])
 
-    def settle(self, rows: Sequence[OutboxRow], *, is_all: bool) -> None:
-        """They were published; `is_all`: and with them all that was given out."""
+    def settle(self, rows: Sequence[OutboxRow]) -> None:
+        """They were published."""
+        left = len(rows)
         for _ in range(SETTLE_TRIES):
-            settled = self._outbox.settle(self._connection, rows)
+            left -= self._outbox.settle(self._connection, rows)
             self._connection.commit()
-            if settled == len(rows):
+            if not left:
                 break
             time.sleep(LOOK_SECONDS)  # a row that isn't seen yet can't be deleted; one that is gone is no matter
-        self._unsettled -= len(rows)
-        if is_all and self._stream is not None and not self._unsettled:
-            self._confirmed_lsn = self._read_lsn
+        self._settled += len(rows)
+        self._confirm()
+
+    def _confirm(self) -> None:
+        """The log up to where all is settled that was given out."""
+        while self._marks and self._marks[0][0] <= self._settled:
+            self._confirmed_lsn = self._marks.popleft()[1]
 
     def keep_alive(self) -> None:
         """Say where we are, once in a while."""

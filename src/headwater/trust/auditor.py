@@ -6,6 +6,7 @@ crash the records behind it say the rest. With transactions, records and commit 
 before. Without, who may have lost its partition looks whether the chain still ends where it left it, and begins anew otherwise.
 """
 
+import functools
 import hashlib
 import logging
 import threading
@@ -24,16 +25,14 @@ from headwater.kafka.consumer import (
     headers_of,
 )
 from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, TransactionalProducer
-from headwater.kafka.reader import KafkaReader, offset_of, place_of
+from headwater.kafka.reader import KafkaReader, Place, offset_of, place_of
 from headwater.runtime import crash_point
-from headwater.runtime.relay import GAPLESS
+from headwater.runtime.relay import gapless
 from headwater.runtime.subscription import Surroundings
 from headwater.trust.audit import Audit
 from headwater.trust.chain import Head, Kept, Link, after, beginning, digest_of, headers_of_link, link_in, place_in
 
 logger = logging.getLogger(__name__)
-
-Place = tuple[str, int]
 
 BATCH = 500
 TURN_SECONDS = 0.1
@@ -57,6 +56,10 @@ class Broken(Exception):
     """The chain must be looked at anew: somebody else may have written, or we may have without knowing."""
 
 
+class Taken(Exception):
+    """The partition is another process's now."""
+
+
 def chain_of(place: Place, chains: int) -> int:
     """The partition of the audit topic that a source partition belongs to, for ever."""
     digest = hashlib.sha256(f"{place[0]}:{place[1]}".encode()).digest()
@@ -74,10 +77,12 @@ class Chain:
         consumer: KafkaConsumer,
         admin: KafkaAdmin,
         tell: Callable[[str], None],
+        is_ours: Callable[[], bool],
         *,
         transacts: bool,
     ) -> None:
-        """tell: of what is wrong and doesn't end it. Raises NotPublished, AdminError, ConsumerFailed, Broken."""
+        """tell: of what is wrong and doesn't end it. is_ours: asks the group. Raises NotPublished, AdminError, ConsumerFailed,
+        Broken, Taken."""
         self._audit = audit
         self._place = (audit.topic.name, partition)
         self._around = around
@@ -94,8 +99,7 @@ class Chain:
         if transacts:  # first of all: from now on nobody else writes
             quiet = replace(around.settings, kafka={**around.settings.kafka, **QUIET})
             self._transactions = TransactionalProducer(quiet, f"{audit.name}-{partition}")
-        gapless = replace(around.settings, kafka={**around.settings.kafka, **GAPLESS})
-        self._producer = self._transactions or KafkaProducer(gapless, Profile.THROUGHPUT)
+        self._producer = self._transactions or KafkaProducer(gapless(around.settings), Profile.THROUGHPUT)
         try:
             committed = admin.committed(audit.name)
             places = self._places()
@@ -116,7 +120,7 @@ class Chain:
                 # the chain itself has them
                 sequence, hash_ = found.metadata.split()
                 self._head, self._next = Head(int(sequence), bytes.fromhex(hash_)), found.offset
-            self._read_tail()
+            self._read_tail(is_ours)
             for place, position in ours.items():
                 if not position.metadata:  # set by hand, past what is gone: never back, as nothing is audited twice
                     self.positions[place] = max(self.positions.get(place, 0), position.offset)
@@ -152,8 +156,8 @@ class Chain:
         places = [(topic.name, i) for topic in self._audit.of for i in range(counts.get(topic.name, 0))]
         return [place for place in places if chain_of(place, self._audit.topic.partitions) == self._place[1]]
 
-    def _read_tail(self) -> None:
-        """What was written behind the last commit. Raises ConsumerFailed."""
+    def _read_tail(self, is_ours: Callable[[], bool]) -> None:
+        """What was written behind the last commit; where positions are lost, all of it. Raises ConsumerFailed, Taken."""
         start = self._admin.start_offsets([self._place])[self._place]
         positions = {self._place: max(self._next, start)}
         reader = KafkaReader(self._around.settings, {})
@@ -161,6 +165,8 @@ class Chain:
             for batch in reader.up_to(self._admin.end_offsets([self._place]), positions, TAIL_SECONDS):
                 for record in batch:
                     self._pass(record)
+                if not is_ours():  # all of it may take longer than the group has patience
+                    raise Taken
         finally:
             reader.close()
         self._next = positions[self._place]
@@ -337,9 +343,15 @@ class Auditor:
         try:
             chain = self._chains[partition]
             if chain is None:
-                chain = self._chains[partition] = self._open(partition, consumer)
+                chain = self._open(partition, consumer)
+                if partition not in self._chains:
+                    chain.close()
+                    return
+                self._chains[partition] = chain
             chain.turn(lambda: time.monotonic() - self._turned < UNSURE_SECONDS)
             self._recovered(partition)
+        except Taken:
+            return
         except (Broken, NotPublished, ConsumerFailed, AdminError, TimeoutError) as error:
             self._give_up(partition)
             self._trouble(f"partition {partition}: {error}")
@@ -354,9 +366,18 @@ class Auditor:
 
     def _open(self, partition: int, consumer: KafkaConsumer) -> Chain:
         """With transactions, if the cluster has them. Raises as Chain does."""
+
+        def is_ours() -> bool:
+            consumer.poll_paused(0.0)
+            self._turned = time.monotonic()
+            return partition in self._chains
+
+        chain = functools.partial(
+            Chain, self._audit, partition, self._around, consumer, self._admin, self._say, is_ours
+        )
         if self._transacts:
             try:
-                return Chain(self._audit, partition, self._around, consumer, self._admin, self._say, transacts=True)
+                return chain(transacts=True)
             except NotPublished as error:
                 if not error.lacks_transactions:
                     raise
@@ -365,7 +386,7 @@ class Auditor:
                     "audit_without_transactions name=%s effect=a writer that is suspended may leave a copy too many reason=%s",
                     self._audit.name, error,
                 )  # fmt: skip
-        return Chain(self._audit, partition, self._around, consumer, self._admin, self._say, transacts=False)
+        return chain(transacts=False)
 
     def _recovered(self, partition: int) -> None:
         self._around.alerts.recovered(ALERT, f"{self._audit.name}-{partition}", self._audit.topic.name)

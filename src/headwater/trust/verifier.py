@@ -58,7 +58,7 @@ class Verifier:
         self.sequence = 0
         self._hashes = {hashlib.sha256(f"headwater audit 1 {topic} {partition}".encode()).hexdigest()}
         """What may be the hash of the last record: what it says, and what it should be where that differs; none: anything."""
-        self.events: dict[Place, dict[int, str]] = {}
+        self.events: dict[Place, dict[int, bytes]] = {}
         """The digests by offset."""
         self._believes = not is_whole
         self._gone: set[int] = set()
@@ -149,7 +149,7 @@ class Verifier:
             self._gone.discard(sequence)
             self._find(Fault.MOVED, f"record {sequence} stands behind record {self.sequence}")
             self._note(event, digest)
-        elif self.events.get(event[:3], {}).get(event[3]) == digest:
+        elif self.events.get(event[:3], {}).get(event[3]) == _bytes(digest):
             self.spare += 1
         else:
             self._find(Fault.INSERTED, f"it says that it is record {sequence}, which there is")
@@ -158,7 +158,7 @@ class Verifier:
         known = self.events.setdefault(event[:3], {})
         if event[3] in known:
             self._find(Fault.INSERTED, f"the event of {event[0]}:{event[2]}:{event[3]} is in the chain twice")
-        known[event[3]] = digest
+        known[event[3]] = _bytes(digest)
 
     def _find(self, fault: Fault, detail: str) -> None:
         self.findings.append(Finding(self.partition, self._at, fault, detail))
@@ -173,10 +173,13 @@ class Events:
         """Older than the first record that is left."""
         self.waiting = 0
         """Newer than what is audited: their records may be still to come."""
-        self._digests: dict[Place, dict[int, str]] = {}
+        self._digests: dict[Place, dict[int, bytes]] = {}
         for each in verifiers:
             for place, known in each.events.items():
-                self._digests.setdefault(place, {}).update(known)
+                if place in self._digests:  # a place has one chain, unless somebody wrote in another
+                    self._digests[place] = {**self._digests[place], **known}
+                else:
+                    self._digests[place] = known
         self._ends = {place: (min(known), max(known)) for place, known in self._digests.items()}
         self._is_whole = all(each.first == 1 for each in verifiers)
 
@@ -198,7 +201,7 @@ class Events:
                 partition, offset, Fault.NOT_AUDITED, f"the event of {topic}:{partition}:{offset} has no record"
             )
         self.compared += 1
-        if digest == _digest(key, value, headers):
+        if digest == _bytes(_digest(key, value, headers)):
             return None
         return Finding(partition, offset, Fault.CHANGED, f"the event of {topic}:{partition}:{offset} was changed since")
 
@@ -217,6 +220,14 @@ def _digest(key: bytes | None, value: bytes | None, headers: Headers) -> str:
 def _add(sha: "hashlib._Hash", field: bytes | None) -> None:
     sha.update((-1 if field is None else len(field)).to_bytes(4, "big", signed=True))
     sha.update(field or b"")
+
+
+def _bytes(digest: str) -> bytes:
+    """Half as large; of what is no digest, itself, which is equal to none."""
+    try:
+        return bytes.fromhex(digest)
+    except ValueError:
+        return digest.encode()
 
 
 def _text(content: bytes | str | None) -> str | None:
