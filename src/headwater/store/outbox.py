@@ -380,7 +380,7 @@ class Outbox:
 
     def unpublished(self, connection: Connection, rows: Sequence[OutboxRow]) -> set[int]:
         """The positions of those that still wait."""
-        query = select(self._position).where(self._position.in_([row.position for row in rows]))
+        query = select(self._position).where(self._is_one_of(connection, [row.position for row in rows]))
         if self.published_at is not None:
             query = query.where(self._table.c[self.published_at].is_(None))
         return {int(position) for (position,) in connection.execute(query)}
