@@ -64,7 +64,7 @@ MUTANTS = [
            "tests/domain/test_projection.py::test_an_event_that_fails_holds_up_its_partition_alone[embedded-sqlite]"),
     Mutant("an event that was published twice counts once", "src/headwater/domain/projection.py", "        if repeats.has(place_of(record), offset_of(record), envelope):\n            return\n", "",
            "tests/domain/test_projection.py::test_an_event_that_was_published_twice_counts_once[embedded-sqlite]"),
-    Mutant("nothing overtakes a row that is refused", RUNTIME + "relay.py", "                    if under_way[-1].is_cut:\n                        break", "                    if False:\n                        break",
+    Mutant("nothing overtakes a row that is refused", RUNTIME + "relay.py", "                    if under_way[-1].failures:\n                        break", "                    if False:\n                        break",
            "tests/store/test_outbox.py::test_nothing_overtakes_a_row_that_is_refused"),
     Mutant("what is under way is given up while the lock is held", RUNTIME + "relay.py", "            self._drop_producer(0.0)  # while nobody else can have the lock\n", "",
            "tests/store/test_outbox.py::test_nothing_overtakes_a_row_that_is_refused"),

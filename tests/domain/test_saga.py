@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import text
+from sqlalchemy import insert, select, text
 from typer.testing import CliRunner
 
 from headwater import App, Event, Saga, Step, Topic
@@ -23,6 +24,8 @@ from headwater.domain import saga_decision
 from headwater.domain.saga import InvalidSaga
 from headwater.domain.saga_decision import Decision, Definition, Record, Status
 from headwater.store import tables
+from headwater.store.database import Database
+from headwater.store.tables import sagas
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.running import Running, settings_for
@@ -485,6 +488,28 @@ def test_a_stuck_saga_is_seen_and_resumed(
         failed = CliRunner().invoke(commands, ["sagas", "resume", "stuck_app:app", "fulfilment", "declined-stuck"])
         assert failed.exit_code == 1
         assert "is failed, not stuck" in failed.output
+
+
+def test_what_has_ended_is_kept_for_a_while(database_url: str, unique: str) -> None:
+    """Completed and failed ones go when they are old; what is under way or stuck stays, however old. (both databases)"""
+    saga = make_saga(unique)
+    database = Database(database_url)
+    tables.create_tables(database.engine)
+    long_ago, lately = datetime.now(UTC) - timedelta(days=31), datetime.now(UTC) - timedelta(days=29)
+    record = msgspec.json.encode(saga_decision.start(definition(), STATE).record).decode()
+    with database.sessions() as session, session.begin():
+        for status in Status:
+            for age, at in (("old", long_ago), ("young", lately)):
+                session.execute(insert(sagas).values(
+                    saga=unique, id=f"{status.value}-{age}", status=status.value, record=record, state="{}", version=1,
+                    updated_at=at,
+                ))  # fmt: skip
+        assert saga.clean(session) == 2
+        left = {id for (id,) in session.execute(select(sagas.c.id).where(sagas.c.saga == unique))}
+    assert {f"{status.value}-{age}" for status in Status for age in ("old", "young")} - left == {
+        "completed-old", "failed-old",
+    }  # fmt: skip
+    database.engine.dispose()
 
 
 def test_a_saga_that_can_not_work_is_refused(unique: str) -> None:

@@ -323,6 +323,9 @@ def test_a_table_that_can_not_be_the_outbox_refuses_the_start(
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(InvalidOutbox, match=r"one \{\}"):
         Outbox(route="x")
+    for name in ("Outbox", "app.outbox", "out box", "x; DROP TABLE y", ""):
+        with pytest.raises(InvalidOutbox, match="can't be the outbox: its name must be"):
+            Outbox(name)
     with pytest.raises(InvalidOutbox, match="shards"):
         Outbox(shards=0)
     with pytest.raises(InvalidOutbox, match="polling or replication"):

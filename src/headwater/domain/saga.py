@@ -21,11 +21,13 @@ Proof      tests/domain/test_saga.py
 """
 
 import functools
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, TypeVar, Union, cast
 
 import msgspec
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -53,6 +55,8 @@ from headwater.store.unit_of_work import UnitOfWork
 
 S = TypeVar("S")
 DEADLINE_PARTITIONS = 3
+CLEAN_SECONDS = 60.0
+CLEAN_ROWS = 1000
 DEFAULT_RETRY = Retry()
 
 
@@ -102,14 +106,18 @@ class Saga:
         steps: Sequence[Step],
         completed: Callable[[S], object] | None = None,
         failed: Callable[[S, str], object] | None = None,
+        kept: str = "30d",
     ) -> None:
         """name: of the saga, and what its groups begin with. state: a msgspec.Struct, dataclass or Event that holds what the
         steps need. key: the field that every event of it has, which says whose it is. starts, begin: the event that begins
-        one, and its first state. completed, failed: what is published at the end. Raises InvalidSaga."""
+        one, and its first state. completed, failed: what is published at the end. kept: for how long an ended one is, so that
+        an answer that comes after its end finds it. Raises InvalidSaga, InvalidSetting."""
         if not steps:
             raise InvalidSaga(f"the saga {name} has no steps.")
         self.name = name
         self.steps = tuple(steps)
+        self._kept = timedelta(seconds=duration_seconds(kept))
+        self._next_clean = 0.0
         self._key = key
         self._starts = starts
         self._begin = begin
@@ -170,6 +178,9 @@ class Saga:
         if decision is not None:
             await uow.async_session.run_sync(functools.partial(self._save, id=id, row=row, decision=decision))
             self._send(id, decision, uow)
+        if time.monotonic() >= self._next_clean:
+            self._next_clean = time.monotonic() + CLEAN_SECONDS
+            await uow.async_session.run_sync(self.clean)
 
     def _decide(self, row: SagaRow | None, event: Any) -> Decision | None:
         """Raises UnknownStep."""
@@ -244,6 +255,24 @@ class Saga:
             written = session.execute(changed).first()
         if written is None:
             raise StaleSaga(f"{self.name} {id}")
+
+    def clean(self, session: Session) -> int:
+        """Delete some of the ended ones that were kept for long enough; how many."""
+        columns = sagas.c
+        old = (
+            select(columns.id)
+            .where(
+                columns.saga == self.name,
+                columns.status.in_([Status.COMPLETED.value, Status.FAILED.value]),
+                columns.updated_at < datetime.now(UTC) - self._kept,
+            )
+            .order_by(columns.updated_at)
+            .limit(CLEAN_ROWS)
+        )
+        gone = session.execute(
+            delete(sagas).where(columns.saga == self.name, columns.id.in_(old)).returning(columns.id)
+        )
+        return len(gone.all())
 
     def resume(self, uow: UnitOfWork, id: str, *, is_compensated: bool = False) -> bool:
         """Of a stuck one, in a unit of work of a sync session: send the compensation again, or (is_compensated) take it as

@@ -7,9 +7,10 @@ of the loop for all that a poll delivered.
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from enum import StrEnum
@@ -164,6 +165,33 @@ class KafkaProducer:
                 done(_not_published(topic, error.args[0]))
                 return
 
+    def send_in_order(
+        self,
+        records: "Sequence[tuple[str, bytes | None, bytes | None, Headers]]",
+        answered: "Callable[[int, NotPublished | None], None]",
+        first: int = 0,
+    ) -> int:
+        """Topics, keys, values and headers, from place `first` on. How far it has come: to the end, to the first one that there
+        is no room for, or behind the first one that was refused.
+
+        answered: called with each one's place, None when it was acknowledged; in the poll thread, of one that was refused in
+        this one.
+        """
+        produce = self._producer.produce
+        for place in range(first, len(records)):
+            topic, key, value, headers = records[place]
+            if self._fatal is not None or self._stopping.is_set():
+                answered(place, self._fatal or NotPublished(f"{topic}: the producer is closed"))
+                return place + 1
+            try:
+                produce(topic, value, key, headers=headers, on_delivery=functools.partial(_tell, answered, place))
+            except BufferError:
+                return place
+            except confluent_kafka.KafkaException as error:
+                answered(place, _not_published(topic, error.args[0]))
+                return place + 1
+        return len(records)
+
     def send_and_wait(self, topic: str, key: bytes | None, value: bytes | None, headers: Headers) -> Acknowledged:
         """For threads without a loop. Raises NotPublished."""
         future: Future[Acknowledged] = Future()
@@ -206,6 +234,15 @@ class KafkaProducer:
                 told = True
                 self._give_up()
                 self._on_fatal(self._fatal)
+
+
+def _tell(
+    answered: "Callable[[int, NotPublished | None], None]",
+    place: int,
+    error: confluent_kafka.KafkaError | None,
+    message: confluent_kafka.Message,
+) -> None:
+    answered(place, None if error is None else _not_published(message.topic() or "", error))
 
 
 WITHOUT_TRANSACTIONS = (

@@ -14,21 +14,20 @@ Of several processes each leads its part of the shards, and the others' when the
 don't work at once: their keys would be in two hands.
 """
 
-import functools
 import logging
 import math
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from headwater.kafka.producer import Acknowledged, KafkaProducer, NotPublished, Profile, QueueFull
+from headwater.kafka.producer import KafkaProducer, NotPublished, Profile
 from headwater.settings import Settings
 from headwater.store.database import Database
 from headwater.store.lock import Lock
@@ -280,7 +279,7 @@ class ShardRelay:
                 if rows:
                     limit = _limit_after(rows)
                     under_way.append(self._send(rows, rows_from))
-                    if under_way[-1].is_cut:
+                    if under_way[-1].failures:
                         break  # nothing may overtake what was refused
                 if under_way and (not rows or len(under_way) == MOST_ROUNDS):
                     self._settle(under_way.popleft(), rows_from)
@@ -316,25 +315,17 @@ class ShardRelay:
         if self._producer is None:
             self._producer = KafkaProducer(self._settings, Profile.LATENCY)
         round_ = Round(rows)
-        for place, row in enumerate(rows):
-            self._send_row(row, functools.partial(round_.acknowledged, place), rows_from)
-            if isinstance(round_.results[place], NotPublished):  # refused before it was sent
-                round_.cut(place + 1)
-                break
-        return round_
-
-    def _send_row(self, row: OutboxRow, done: Callable[[Acknowledged | NotPublished], None], rows_from: Rows) -> None:
-        assert self._producer is not None
+        records = [(row.topic, row.key, row.payload, row.headers) for row in rows]
+        sent = self._producer.send_in_order(records, round_.answered)
         deadline = time.monotonic() + ACK_SECONDS
-        while True:
-            try:
-                self._producer.send(row.topic, row.key, row.payload, row.headers, done, block=False)
-                return
-            except QueueFull:
-                rows_from.keep_alive()
-                if time.monotonic() > min(deadline, self._stop_by):
-                    raise NotPublished("the client's queue is full") from None
-                time.sleep(FULL_SECONDS)
+        while sent < len(rows) and not round_.failures:
+            rows_from.keep_alive()
+            if time.monotonic() > min(deadline, self._stop_by):
+                raise NotPublished("the client's queue is full")
+            time.sleep(FULL_SECONDS)
+            sent = self._producer.send_in_order(records, round_.answered, sent)
+        round_.cut(sent)
+        return round_
 
     def _settle(self, round_: "Round", rows_from: Rows) -> None:
         """Wait for its acknowledgements. Raises NotPublished, SQLAlchemyError, StreamLost."""
@@ -365,37 +356,36 @@ def _limit_after(rows: Sequence[OutboxRow]) -> int:
 
 
 class Round:
-    """Rows that are under way, and their acknowledgements; told in the producer's thread."""
+    """Rows that are under way, and the answers to them, which come in the producer's thread."""
 
     def __init__(self, rows: Sequence[OutboxRow]) -> None:
         self.rows = rows
-        self.results: list[Acknowledged | NotPublished | None] = [None] * len(rows)
         self.done = threading.Event()
-        self.is_cut = False
-        """A row was refused: it and those behind it are not under way."""
-        self._left = len(rows)
-        self._lock = threading.Lock()
+        """All that were sent are answered."""
+        self.failures: list[NotPublished] = []
+        self._acknowledged: list[int] = []
+        self._sent = len(rows)
 
-    def acknowledged(self, place: int, result: Acknowledged | NotPublished) -> None:
-        with self._lock:
-            self.results[place] = result
-            self._left -= 1
-            if self._left <= 0:
-                self.done.set()
+    def answered(self, place: int, failure: NotPublished | None) -> None:
+        if failure is None:
+            self._acknowledged.append(place)
+        else:
+            self.failures.append(failure)
+        self._look()
 
     def cut(self, count: int) -> None:
-        """Only the first so many were given to the producer."""
-        with self._lock:
-            self.is_cut = True
-            self._left -= len(self.results) - count
-            if self._left <= 0:
-                self.done.set()
+        """Only the first so many were sent."""
+        self._sent = count
+        self._look()
 
-    def outcome(self) -> tuple[list[OutboxRow], NotPublished | None]:
+    def _look(self) -> None:
+        if len(self._acknowledged) + len(self.failures) >= self._sent:
+            self.done.set()
+
+    def outcome(self) -> tuple[Sequence[OutboxRow], NotPublished | None]:
         """The rows that were acknowledged, and what kept the others."""
-        results = list(self.results)
-        sent = [row for row, result in zip(self.rows, results, strict=True) if isinstance(result, Acknowledged)]
-        if len(sent) == len(results):
-            return sent, None
-        failures = [result for result in results if isinstance(result, NotPublished)]
-        return sent, failures[0] if failures else NotPublished("no acknowledgement in time")
+        acknowledged = sorted(self._acknowledged)
+        if len(acknowledged) == len(self.rows):
+            return self.rows, None
+        failures = self.failures or [NotPublished("no acknowledgement in time")]
+        return [self.rows[place] for place in acknowledged], failures[0]

@@ -16,8 +16,9 @@ The table is our own, `headwater_outbox`, or one that is there already:
     Outbox.debezium(route="outbox.event.{}")
 """
 
+import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
@@ -58,6 +59,7 @@ from headwater.store import tables
 Headers = list[tuple[str, str | bytes | None]]
 
 MAX_SHARDS = 64
+PLAIN_NAME = re.compile("[a-z_][a-z0-9_]{0,62}")
 CLEAN_ROWS = 10_000
 POSITION, XACT_ID = "headwater_position", "headwater_xact_id"
 NEEDED_HEADERS = ("headwater-event-version", "headwater-timestamp", "headwater-source", "headwater-correlation-id")
@@ -137,6 +139,11 @@ class Outbox:
         source: polling, or replication (PostgreSQL with wal_level=logical).
         Raises InvalidOutbox, InvalidSetting.
         """
+        if not PLAIN_NAME.fullmatch(table):
+            raise InvalidOutbox(
+                f"the table {table!r} can't be the outbox: its name must be small letters, digits and _, without a schema, which "
+                "is the search path's to say."
+            )
         if route.count("{}") != 1:
             raise InvalidOutbox(f"route={route!r} must have one {{}}, where the column {topic} goes.")
         if not 1 <= shards <= MAX_SHARDS:
@@ -353,7 +360,7 @@ class Outbox:
     def rows_of(self, found: Sequence[Any]) -> list[OutboxRow]:
         if self.is_own:
             return [
-                OutboxRow(id, topic, key, kind, payload, list(decode_headers(headers)), position)
+                OutboxRow(id, topic, key, kind, payload, decode_headers(headers), position)
                 for id, topic, key, kind, payload, headers, position in found
             ]
         return [self.row_of(values) for values in found]
@@ -424,7 +431,7 @@ class Outbox:
 
 
 encode_headers = msgspec.msgpack.Encoder().encode
-decode_headers = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
+decode_headers: Callable[[bytes], Any] = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
 
 
 def _bytes(value: object) -> bytes | None:
