@@ -465,6 +465,10 @@ def test_a_stuck_saga_is_seen_and_resumed(
     with Running(app):
         wait_until(lambda: app._relay is not None, "the application")
         with app.unit_of_work(app.database.sessions()) as uow:
+            uow.publish(OrderPlaced("first", 100))
+        wait_until(lambda: len(ends) == 1, "all groups to have joined", 60)
+        ends.clear()
+        with app.unit_of_work(app.database.sessions()) as uow:
             uow.publish(OrderPlaced("declined-stuck", 100))
 
         def rows(*arguments: str) -> Any:
