@@ -5,6 +5,7 @@ one that comes again is refused by OpenSearch itself (external versions).
 """
 
 import contextlib
+import logging
 import os
 from datetime import date
 from typing import Any
@@ -23,7 +24,8 @@ SCHEDULED, REBUILT, FIRST_EVENT = 0, 1, 2
 class Index:
     def __init__(self) -> None:
         url = os.environ.get("BOOKING_OPENSEARCH_URL", "http://127.0.0.1:9200")
-        self.client = OpenSearch(url, timeout=30, max_retries=3, retry_on_timeout=True)
+        self.client = OpenSearch(url, timeout=30, max_retries=3, retry_on_timeout=True, pool_maxsize=100)
+        logging.getLogger("opensearch").setLevel(logging.ERROR)  # that a version is refused is no news
 
     def put_practitioner(self, id: str, name: str, specialty: str, days: list[Schedule]) -> None:
         self.client.index(index=PRACTITIONERS, id=id, body={"name": name, "specialty": specialty})

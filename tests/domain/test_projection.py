@@ -839,20 +839,35 @@ def test_commands_show_rebuild_compare_and_leave_out(
     assert (code, found["events"]) == (0, 40)
     assert small.totals() == expected(bought_events(40))
 
-    code, _ = run("skip", target, "customers", f"{small.topic.name}:0:7")
-    assert code == 0
-    progress = small.progress()
-    assert progress is not None
-    assert progress.skipped == ((small.topic.name, 0, 7),)
-    for arguments, words in (
-        (("skip", target, "customers", "x"), "names no event"),
-        (("skip", target, "customers", "other:0:1"), "doesn't read other"),
-        (("rebuild", target, "nobody"), "has no projection 'nobody': customers"),
-        (("list", "no.module:app"), "there is no module"),
+    place = f"{small.topic.name}:0:7"
+    assert run("skip", target, "customers", place, "--force") == (0, {"skipped": place})
+    assert run("list", target)[1][0]["skipped"] == [place]
+    assert run("skip", target, "customers", place, "--undo") == (0, {"unskipped": place})
+    assert run("list", target)[1][0]["skipped"] == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wrong.py").write_text(
+        "from headwater import App, Projection\nProjection('x', topics=['t'], tables=[int])\n"
+    )
+    for arguments, code, words in (
+        (("skip", target, "customers", "x"), 1, "names no event"),
+        (("skip", target, "customers", "other:0:1"), 1, "doesn't read other"),
+        (("skip", target, "customers", place), 1, "doesn't wait for"),
+        (("skip", target, "customers", place, "--undo"), 1, "doesn't leave out"),
+        (("rebuild", target, "nobody"), 1, "has no projection 'nobody': customers"),
+        (("list", "no.module:app"), 2, "there is no module"),
+        (("list", "wrong:app"), 2, "the topics of x are Topics"),
     ):
         result = CliRunner().invoke(commands, ["projections", *arguments])
-        assert result.exit_code == 1
+        assert (result.exit_code, result.stdout) == (code, "")
         assert words in result.stderr
+    monkeypatch.setenv("HEADWATER_DATABASE_URL", f"sqlite:///{tmp_path / 'nowhere.db'}")
+    sys.modules.pop(target.partition(":")[0], None)
+    for command in ("projections", "outbox", "sagas"):
+        action = "status" if command == "outbox" else "list"
+        result = CliRunner().invoke(commands, [command, action, target])
+        assert result.exit_code == 1
+        assert "nowhere.db: the application makes it when it starts" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "nowhere.db").exists()
 
 
 # Tombstones
@@ -916,11 +931,13 @@ def test_what_cannot_work_is_refused(unique: str, tmp_path: Path) -> None:
         (lambda: Projection("x", topics=[topic], tables=[Bought]), "no mapped class"),
         (lambda: Projection("x", topics=[topic], tables=[Linked]), "foreign keys"),
         (lambda: Projection("x", topics=[], tables=[Customer]), "needs topics and tables"),
+        (lambda: Projection("x", topics=["orders"], tables=[Customer]), "are Topics, as the App has them"),
     ):
         with pytest.raises((InvalidProjection, InvalidReadModel), match=words):
             build()
     projection = Projection("x", topics=[topic], tables=[Customer])
 
+    async def handles(event: Bought) -> None: ...
     async def later(event: Bought, rows: Rows) -> None: ...
     def nothing(event: Bought) -> None: ...
     def stranger(event: Renamed, rows: Rows) -> None: ...
@@ -940,6 +957,14 @@ def test_what_cannot_work_is_refused(unique: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidProjection, match="two functions for Bought"):
         projection.on(good)
     projection.join(app)
+    other = Projection("y", topics=[topic], tables=[Customer])
+    other.on(good)
+    with pytest.raises(InvalidProjection, match="y and x both have the table of Customer"):
+        other.join(app)
+    with pytest.raises(InvalidProjection, match="both have the table"):
+        projection.join(app)
+    app.beside.clear()
+    app.handler(topic, group="x")(handles)
     with pytest.raises(InvalidHandler, match="has a group x already"):
         projection.join(app)
 

@@ -563,6 +563,8 @@ def test_what_cannot_work_is_refused(unique: str) -> None:
     placed = Topic(unique, key="order_id", events=[Placed])
     with pytest.raises(InvalidAudit, match="of no topics"):
         Audit("a", topic="t", of=[])
+    with pytest.raises(InvalidAudit, match="is of Topics, as the App has them"):
+        Audit("a", topic="t", of=["orders"])  # type: ignore[list-item]
     with pytest.raises(InvalidAudit, match="the audit of itself"):
         Audit("a", topic=unique, of=[placed])
     audit = Audit("a", topic=f"{unique}-audit", of=[placed])

@@ -1,27 +1,21 @@
 """`headwater outbox`: what waits in an outbox, for how long, and who publishes it."""
 
-from typing import Annotated
-
 import typer
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from headwater.cli.application import Target, with_database
 from headwater.cli.output import Json, UserError, console, explained, show_json
-from headwater.runtime.app import App
-from headwater.runtime.lifecycle import load
-from headwater.runtime.subscription import CannotStart
 from headwater.store.outbox import InvalidOutbox, NotMigrated
 
 app = typer.Typer(no_args_is_help=True, help="The outbox: status, migration.")
-
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.orders:app.")]
 
 
 @app.command()
 def status(target: Target, json: Json = False) -> None:
     """How many rows wait, the oldest for how many seconds, and which processes relay. Exit code 1 if nobody does."""
     with explained("outbox status"):
-        found = _load(target)
+        found = with_database(target)
         try:
             found.outbox.prepare(found.database.engine)
             with found.database.engine.connect() as connection:
@@ -50,7 +44,7 @@ def status(target: Target, json: Json = False) -> None:
 def migration(target: Target, json: Json = False) -> None:
     """The statements that an outbox table of one's own lacks; to run once, in the application's database."""
     with explained("outbox migration"):
-        found = _load(target)
+        found = with_database(target)
         try:
             found.outbox.prepare(found.database.engine)
             statements: list[str] = []
@@ -62,13 +56,3 @@ def migration(target: Target, json: Json = False) -> None:
             show_json(statements)
         else:
             print("\n".join(f"{statement};" for statement in statements) or "-- nothing is missing")
-
-
-def _load(target: str) -> App:
-    """Raises UserError."""
-    try:
-        found = load(target)
-        _ = found.database
-        return found
-    except CannotStart as error:
-        raise UserError(str(error)) from None

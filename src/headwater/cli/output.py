@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headwater.declaration import WrongDeclaration
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import KafkaException
 from headwater.settings import DEFAULT_BOOTSTRAP_SERVERS, InvalidSetting, Settings, from_environment
@@ -56,6 +57,8 @@ def explained(command: str) -> Iterator[None]:
         yield
     except (AdminError, InvalidSetting, UserError) as error:
         _say(command, str(error), getattr(error, "exit_code", 1))
+    except WrongDeclaration as error:
+        _say(command, str(error), CANNOT_BE)
     except KafkaException as error:
         _say(command, f"Kafka's client refuses: {error.args[0].str() if error.args else error}")
     except BrokenPipeError:  # `| head` has seen enough

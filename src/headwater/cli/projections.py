@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sqlalchemy.exc import SQLAlchemyError
 
+from headwater.cli.application import Target, with_database
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
 from headwater.domain.projection import Projection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
@@ -16,15 +17,12 @@ from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import App
-from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import Schemas
-from headwater.runtime.subscription import CannotStart
 from headwater.store import read_model, tables
 from headwater.store.rows import Side
 
 app = typer.Typer(no_args_is_help=True, help="Read models: list, rebuild, digest, skip.")
 
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.orders:app.")]
 Name = Annotated[str, typer.Argument(help="The projection's name.")]
 
 
@@ -32,19 +30,23 @@ Name = Annotated[str, typer.Argument(help="The projection's name.")]
 def list_projections(target: Target, json: Json = False) -> None:
     """How far each is, and what it waits for. Exit code 1 if one waits."""
     with explained("projections list"), _doors():
-        found = _load(target)
+        found = with_database(target)
         rows = [_row(found, each) for each in _projections(found)]
         if json:
             show_json(rows)
         else:
-            shown = ("name", "version", "events", "lag", "rebuilding", "waits for")
-            show_rows(shown, [tuple(row[name.replace(" ", "_")] for name in shown) for row in rows], False,
-                      numbers=("events", "lag"), empty="no projections")  # fmt: skip
+            shown = ("name", "version", "events", "lag", "left out", "rebuild", "waits for")
+            table = [
+                (row["name"], row["version"], row["events"], row["lag"], len(row["skipped"]),
+                 "begun" if row["rebuilding"] else "", "\n".join(row["waits_for"]))
+                for row in rows
+            ]  # fmt: skip
+            show_rows(shown, table, False, numbers=("events", "lag", "left out"), empty="no projections")
         if any(row["waits_for"] for row in rows):
             raise typer.Exit(1)
 
 
-def _row(app: App, projection: Projection) -> dict[str, object]:
+def _row(app: App, projection: Projection) -> dict[str, Any]:
     with app.database.engine.connect() as connection:
         progress = read_model.load_progress(connection, projection.name, Side.LIVE)
         rebuilt = read_model.load_progress(connection, projection.name, Side.REBUILD)
@@ -66,6 +68,7 @@ def _row(app: App, projection: Projection) -> dict[str, object]:
         "events": progress.events if progress is not None else 0,
         "lag": lag,
         "rebuilding": rebuilt is not None,
+        "skipped": [":".join(map(str, each)) for each in (progress.skipped if progress is not None else ())],
         "waits_for": [
             f"{each.topic}:{each.partition}:{each.offset} {each.error}"
             for each in (progress.stuck if progress is not None else ())
@@ -86,7 +89,7 @@ def rebuild(
 ) -> None:
     """Build a read model anew, beside the one that is read, and put it in its place. Exit code 1 if --check finds others."""
     with explained("projections rebuild"), _doors():
-        found = _load(target)
+        found = with_database(target)
         projection = _projection(found, name)
         tables.create_tables(found.database.engine)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -116,7 +119,7 @@ def rebuild(
 def digest(target: Target, name: Name, json: Json = False) -> None:
     """What the rows of its tables come to: the same for the same rows."""
     with explained("projections digest"), _doors():
-        found = _load(target)
+        found = with_database(target)
         projection = _projection(found, name)
         with found.database.engine.connect() as connection, read_model.snapshot(connection):
             digests = [read_model.digest(connection, shape) for shape in projection.shapes(Side.LIVE)]
@@ -128,11 +131,15 @@ def skip(
     target: Target,
     name: Name,
     event: Annotated[str, typer.Argument(metavar="TOPIC:PARTITION:OFFSET", help="As `projections list` shows it.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also one that nothing waits for: applied or not, rebuilds leave it out.")
+    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Rebuilds apply it again; the rows stay as they are.")] = False,
     json: Json = False,
 ) -> None:
     """Leave out an event that can't be applied, now and in every rebuild."""
     with explained("projections skip"), _doors():
-        found = _load(target)
+        found = with_database(target)
         projection = _projection(found, name)
         topic, partition, offset = _place(event)
         if topic not in {each.name for each in projection.topics}:
@@ -141,8 +148,25 @@ def skip(
             progress = read_model.load_progress(connection, name, Side.LIVE, lock=True)
             if progress is None:
                 raise UserError(f"{name} has not begun: nothing is stuck.")
-            read_model.save_progress(connection, name, Side.LIVE, progress.without(topic, partition, offset))
-        show_json({"skipped": event}) if json else console.print(f"{name} leaves out {event}", highlight=False)
+            place = (topic, partition, offset)
+            if undo:
+                if place not in progress.skipped:
+                    raise UserError(f"{name} doesn't leave out {event}: `projections list --json` shows what it does.")
+                left = tuple(each for each in progress.skipped if each != place)
+                progress = msgspec.structs.replace(progress, skipped=left)
+            else:
+                waits = [f"{each.topic}:{each.partition}:{each.offset}" for each in progress.stuck]
+                if event not in waits and not force:
+                    raise UserError(
+                        f"{name} doesn't wait for {event}, but for {', '.join(waits) or 'nothing'}. An event that was applied "
+                        "stays applied, and every rebuild would leave it out: say --force if that is wanted."
+                    )
+                progress = progress.without(*place)
+            read_model.save_progress(connection, name, Side.LIVE, progress)
+        if json:
+            show_json({"unskipped" if undo else "skipped": event})
+        else:
+            console.print(f"{name} {'applies' if undo else 'leaves out'} {event}", highlight=False)
 
 
 def _place(event: str) -> tuple[str, int, int]:
@@ -169,16 +193,6 @@ def _projection(app: App, name: str) -> Projection:
             return each
     names = ", ".join(each.name for each in _projections(app)) or "none"
     raise UserError(f"{app.name} has no projection {name!r}: {names}.")
-
-
-def _load(target: str) -> App:
-    """Raises UserError."""
-    try:
-        found = load(target)
-        _ = found.database
-        return found
-    except CannotStart as error:
-        raise UserError(str(error)) from None
 
 
 @contextmanager

@@ -8,13 +8,11 @@ import typer
 from sqlalchemy.exc import OperationalError
 
 from headwater.cli.output import CANNOT_BE, UserError, explained
-from headwater.event.event import NotAnEvent
-from headwater.event.topic import InvalidTopic
+from headwater.declaration import WrongDeclaration
 from headwater.kafka.consumer import ConsumerFailed, OutOfRange
 from headwater.kafka.producer import NotPublished
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import JobCutOff
-from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.lifecycle import load
 from headwater.runtime.lifecycle import run as run_app
 from headwater.runtime.publish import NoTopic
@@ -22,7 +20,6 @@ from headwater.runtime.schemas import UnusableSchema
 from headwater.runtime.subscription import CannotStart
 from headwater.settings import InvalidSetting
 from headwater.store.database import InvalidDatabase
-from headwater.store.outbox import InvalidOutbox
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 EXPLAINED = (
@@ -32,15 +29,12 @@ EXPLAINED = (
     UnusableSchema,
     ConsumerFailed,
     InvalidDatabase,
-    InvalidHandler,
-    InvalidOutbox,
     InvalidSetting,
-    InvalidTopic,
     NoTopic,
-    NotAnEvent,
     NotPublished,
     OperationalError,
     OutOfRange,
+    WrongDeclaration,
 )
 
 

@@ -9,12 +9,12 @@ import msgspec
 import typer
 from sqlalchemy.exc import SQLAlchemyError
 
+from headwater.cli.application import Target, with_database
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
 from headwater.domain.saga import Saga, SagaRow, StaleSaga, UnknownStep
 from headwater.domain.saga_decision import Status
 from headwater.kafka.registry_client import RegistryUnreachable
 from headwater.runtime.app import App
-from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import UnusableSchema
 from headwater.runtime.subscription import CannotStart
 from headwater.store.outbox import InvalidOutbox
@@ -23,7 +23,6 @@ app = typer.Typer(no_args_is_help=True, help="Sagas: list, show, resume.")
 
 RESUME_TRIES = 5
 
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.orders:app.")]
 Name = Annotated[str, typer.Argument(help="The saga's name.")]
 Id = Annotated[str, typer.Argument(help="Which one: the value of its key.")]
 
@@ -37,7 +36,7 @@ def list_sagas(
 ) -> None:
     """Where each saga is; those without news for longest first."""
     with explained("sagas list"), _database():
-        found = _load(target)
+        found = with_database(target)
         rows = []
         with found.database.sessions() as session:
             for saga in _sagas(found):
@@ -53,7 +52,7 @@ def list_sagas(
 def show(target: Target, saga: Name, id: Id, json: Json = False) -> None:
     """One saga: where it is, why, and what it remembers."""
     with explained("sagas show"), _database():
-        found = _load(target)
+        found = with_database(target)
         with found.database.sessions() as session:
             row = _found(_saga(found, saga).load(session, id), saga, id)
         shown = {**_row(_saga(found, saga), row), "state": msgspec.to_builtins(row.state)}
@@ -77,7 +76,7 @@ def resume(
 ) -> None:
     """Let a stuck saga go on: its compensation is sent again, and has its attempts anew."""
     with explained("sagas resume"), _database():
-        found = _load(target)
+        found = with_database(target)
         one = _saga(found, saga)
         with found.database.sessions() as session:
             row = _found(one.load(session, id), saga, id)
@@ -125,12 +124,6 @@ def _saga(app: App, name: str) -> Saga:
     found = next((each for each in _sagas(app) if each.name == name), None)
     if found is None:
         raise UserError(f"{app.name} has no saga {name!r}: it has {', '.join(names) or 'none'}.")
-    return found
-
-
-def _load(target: str) -> App:
-    found = load(target)
-    _ = found.database
     return found
 
 

@@ -39,6 +39,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from headwater.declaration import WrongDeclaration
 from headwater.domain.repeats import Repeats
 from headwater.event.codec import Undecodable, Unknown
 from headwater.event.envelope import Envelope
@@ -54,7 +55,7 @@ from headwater.store.rows import Rows, Shape, Side, shape_of
 F = TypeVar("F", bound=Callable[..., None])
 
 
-class InvalidProjection(TypeError):
+class InvalidProjection(WrongDeclaration, TypeError):
     """A declaration that can't work; the message says what to change."""
 
 
@@ -70,6 +71,8 @@ class Projection:
         InvalidReadModel."""
         if not topics or not tables:
             raise InvalidProjection(f"the projection {name} needs topics and tables.")
+        if not all(isinstance(each, Topic) for each in topics):
+            raise InvalidProjection(f"the topics of {name} are Topics, as the App has them: {topics!r}.")
         self.name = name
         self.topics = tuple(topics)
         self.tables = tuple(tables)
@@ -115,6 +118,13 @@ class Projection:
         """Keep it up to date in this application. Raises InvalidProjection, InvalidHandler where its name is taken."""
         if not self._functions:
             raise InvalidProjection(f"the projection {self.name} has no functions: give it some with @{self.name}.on.")
+        for other in app.beside:
+            shared = set(other.tables) & set(self.tables) if isinstance(other, Projection) else set()
+            if shared:
+                raise InvalidProjection(
+                    f"{self.name} and {other.name} both have the table of {', '.join(cls.__name__ for cls in shared)}: nobody "
+                    "else writes a projection's tables. Give it one of its own, or one projection both topics."
+                )
         app.run_beside(self)
 
     def begin(self, around: Surroundings, topic_ids: Mapping[str, str]) -> Runner:

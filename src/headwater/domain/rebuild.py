@@ -74,6 +74,7 @@ class Rebuild:
         self._settings = settings
         self._tell = tell
         self._admin = KafkaAdmin(settings)
+        self._admin.check_reachable()
         names = [topic.name for topic in projection.topics]
         self._topic_ids = {each.name: each.topic_id for each in self._admin.describe_topics(names)}
         self._decoders = projection.decoders(self._topic_ids, schemas)
@@ -193,7 +194,8 @@ class Rebuild:
             if goes_on and found is not None:
                 if check:
                     raise CannotRebuild(
-                        f"a rebuild of {name} was stopped: end it first, or say --anew and give up what it has done."
+                        f"a rebuild of {name} was stopped: run it again without --check, and it goes on and ends; or say --anew "
+                        "here, and give up what it has done."
                     )
                 self._progress = found
                 return
@@ -251,7 +253,7 @@ class Rebuild:
                 raise CannotRebuild(
                     f"{place[0]}-{place[1]} at {offset} {kind}: {type(error).__name__}: {error}\n"
                     "  Mend what handles it and run this again, it goes on where it is; or leave the event out: "
-                    f"headwater projections skip MODULE:APP {self._projection.name} {place[0]}:{place[1]}:{offset}"
+                    f"headwater projections skip --force MODULE:APP {self._projection.name} {place[0]}:{place[1]}:{offset}"
                 ) from error
         self._progress = msgspec.structs.replace(self._progress, events=self._progress.events + len(records))
         return len(records)

@@ -31,6 +31,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from headwater.declaration import WrongDeclaration
 from headwater.domain.saga_decision import (
     Decision,
     Definition,
@@ -60,7 +61,7 @@ CLEAN_ROWS = 1000
 DEFAULT_RETRY = Retry()
 
 
-class InvalidSaga(ValueError):
+class InvalidSaga(WrongDeclaration, ValueError):
     """A declaration that can't work; the message says what to change."""
 
 

@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol, TypeAlias, dataclass_transform
 
 import msgspec
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.upcast import Upcasts
 
 
@@ -74,7 +75,7 @@ AnyEvent: TypeAlias = object
 """An Event, a pydantic model or a dataclass instance."""
 
 
-class NotAnEvent(TypeError):
+class NotAnEvent(WrongDeclaration, TypeError):
     """A class that can't be an event."""
 
 

@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 from uuid import UUID
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.event import Tombstone, check_event_class, event_namespace, event_type
 from headwater.schema.schema import SchemaType
 from headwater.settings import duration_seconds
@@ -20,7 +21,7 @@ FOREVER = "forever"
 CLASS_RETENTION = {"events": "7d", "raw": "30d", "audit": "90d"}
 
 
-class InvalidTopic(ValueError):
+class InvalidTopic(WrongDeclaration, ValueError):
     """A declaration that can't be kept."""
 
 

@@ -283,8 +283,8 @@ class KafkaAdmin:
         except KafkaException as error:
             raise NotReachable(
                 f"no broker answers at {self._servers} ({error.args[0].str()}).\n"
-                "  Start one with `headwater up`, or name yours with --bootstrap-servers HOST:PORT "
-                "(HEADWATER_BOOTSTRAP_SERVERS)."
+                "  Start one with `headwater up`, or name yours: HEADWATER_BOOTSTRAP_SERVERS=HOST:PORT (--bootstrap-servers "
+                "of the commands that have it)."
             ) from None
 
     def _ask(self, ask: "Callable[[], Mapping[K, Future[Any]]]", what: str) -> dict[K, Any]:

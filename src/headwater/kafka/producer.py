@@ -8,6 +8,7 @@ of the loop for all that a poll delivered.
 import asyncio
 import contextlib
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ import confluent_kafka
 from headwater.kafka.client_config import for_producer
 from headwater.kafka.client_config import logger as client_logger
 from headwater.settings import Settings
+
+silent = logging.getLogger("headwater.kafka.silent")
+silent.disabled = True
 
 Headers = list[tuple[str, str | bytes | None]]
 
@@ -121,9 +125,13 @@ class KafkaProducer:
         settings: Settings,
         profile: Profile = Profile.LATENCY,
         on_fatal: "Callable[[NotPublished], None]" = lambda error: None,
+        *,
+        is_quiet: bool = False,
     ) -> None:
+        """is_quiet: the client logs nothing, not even what is fatal: all of it comes as an error, too."""
         self._producer = confluent_kafka.Producer(
-            {**producer_config(settings, profile), "error_cb": self._error}, logger=client_logger
+            {**producer_config(settings, profile), "error_cb": self._error},
+            logger=silent if is_quiet else client_logger,
         )
         self._on_fatal = on_fatal
         self._fatal: NotPublished | None = None
@@ -255,10 +263,13 @@ WITHOUT_TRANSACTIONS = (
 class TransactionalProducer(KafkaProducer):
     """One transaction after the other; `send` between `begin` and `commit`. Each method raises NotPublished."""
 
-    def __init__(self, settings: Settings, transactional_id: str, seconds: float = 30.0) -> None:
+    def __init__(
+        self, settings: Settings, transactional_id: str, seconds: float = 30.0, *, is_quiet: bool = False
+    ) -> None:
         super().__init__(
             replace(settings, kafka={**TRANSACTIONAL, **settings.kafka, "transactional.id": transactional_id}),
             Profile.THROUGHPUT,
+            is_quiet=is_quiet,
         )
         try:
             self._told(lambda: self._producer.init_transactions(seconds))

@@ -117,7 +117,8 @@ class App:
         """Raises CannotStart when there is none."""
         if self._database is None:
             raise CannotStart(
-                f"{self.name} needs a database: set HEADWATER_DATABASE_URL, as in sqlite:///{self.name}.db."
+                f"{self.name} needs a database: set HEADWATER_DATABASE_URL. `headwater up` keeps one for each application in its "
+                "data folder, sqlite:///headwater-data/NAME.db."
             )
         return self._database
 

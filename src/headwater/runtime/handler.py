@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.envelope import Envelope, IdempotencyKey, Position
 from headwater.event.event import Tombstone
 from headwater.event.topic import Topic
@@ -32,7 +33,7 @@ from headwater.store.unit_of_work import UnitOfWork
 Function = Callable[..., Any]
 
 
-class InvalidHandler(TypeError):
+class InvalidHandler(WrongDeclaration, TypeError):
     """A function that can't be a handler; the message says what to change."""
 
 

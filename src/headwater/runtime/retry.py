@@ -13,6 +13,7 @@ import random
 from collections.abc import Sequence
 from enum import StrEnum
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.codec import Undecodable
 from headwater.kafka.producer import NotPublished
 from headwater.kafka.registry_client import RegistryUnreachable
@@ -53,7 +54,7 @@ class GivingUp(StrEnum):
     """The key waits until somebody redrives or discards the dead letter."""
 
 
-class InvalidRetry(ValueError):
+class InvalidRetry(WrongDeclaration, ValueError):
     """A retry policy that makes no sense; the message says why."""
 
 

@@ -53,6 +53,7 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import NoSuchTableError, SAWarning
 from sqlalchemy.sql.dml import Insert
 
+from headwater.declaration import WrongDeclaration
 from headwater.settings import duration_seconds
 from headwater.store import tables
 
@@ -66,7 +67,7 @@ NEEDED_HEADERS = ("headwater-event-version", "headwater-timestamp", "headwater-s
 """Without them, an event whose value is its data alone can't be told what it is."""
 
 
-class InvalidOutbox(ValueError):
+class InvalidOutbox(WrongDeclaration, ValueError):
     """A table that can't be the outbox; the message says what it lacks, and the statements that give it."""
 
 

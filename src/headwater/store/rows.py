@@ -14,6 +14,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
+from headwater.declaration import WrongDeclaration
+
 R = TypeVar("R")
 Key = tuple[Any, ...]
 
@@ -23,7 +25,7 @@ COPY_ROWS = 200
 """From so many on, COPY is faster than INSERT."""
 
 
-class InvalidReadModel(TypeError):
+class InvalidReadModel(WrongDeclaration, TypeError):
     """A class that can't hold the rows of a projection; the message says what to change."""
 
 

@@ -25,6 +25,7 @@ from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.envelope import Envelope
 from headwater.event.topic import Topic, field_names
 from headwater.runtime.app import App
@@ -42,7 +43,7 @@ CLEAN_SECONDS = 60.0  # between looks for keys that nothing more can come of
 LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
-class InvalidPattern(ValueError):
+class InvalidPattern(WrongDeclaration, ValueError):
     """A pattern that can't be looked for; the message says what to change."""
 
 

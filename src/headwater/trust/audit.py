@@ -17,6 +17,7 @@ Proof      tests/trust/test_audit.py
 
 from collections.abc import Mapping, Sequence
 
+from headwater.declaration import WrongDeclaration
 from headwater.event.event import Event
 from headwater.event.topic import Topic
 from headwater.kafka.admin import KafkaAdmin
@@ -26,7 +27,7 @@ from headwater.runtime.subscription import CannotStart, Runner, Surroundings
 from headwater.runtime.topics import DEFAULT_MAX_MESSAGE_BYTES
 
 
-class InvalidAudit(ValueError):
+class InvalidAudit(WrongDeclaration, ValueError):
     """A declaration that can't work; the message says what to change."""
 
 
@@ -52,6 +53,8 @@ class Audit:
         InvalidAudit, InvalidTopic."""
         if not of:
             raise InvalidAudit(f"the audit {name} is of no topics.")
+        if not all(isinstance(each, Topic) for each in of):
+            raise InvalidAudit(f"the audit {name} is of Topics, as the App has them: {of!r}.")
         if topic in [each.name for each in of]:
             raise InvalidAudit(f"{topic} can't be the audit of itself.")
         self.name = name

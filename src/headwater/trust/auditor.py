@@ -47,8 +47,6 @@ RENEWAL_SECONDS = 24 * 3600.0
 UNSURE_SECONDS = 2.0
 """Without a word from the group for this long, it may have gone on without us: a third of the session's time-out."""
 KAFKA = {"session.timeout.ms": "6000", "heartbeat.interval.ms": "500"}
-QUIET = {"log_level": "0"}
-"""Of the producer that finds out whether there are transactions: what it has to say comes as an error, too."""
 ALERT = "audit"
 
 
@@ -97,8 +95,8 @@ class Chain:
         """Source partitions that the reader has."""
         self._next_show = self._next_look = self._next_renewal = 0.0
         if transacts:  # first of all: from now on nobody else writes
-            quiet = replace(around.settings, kafka={**around.settings.kafka, **QUIET})
-            self._transactions = TransactionalProducer(quiet, f"{audit.name}-{partition}")
+            # it is what finds out whether there are transactions
+            self._transactions = TransactionalProducer(around.settings, f"{audit.name}-{partition}", is_quiet=True)
         self._producer = self._transactions or KafkaProducer(gapless(around.settings), Profile.THROUGHPUT)
         try:
             committed = admin.committed(audit.name)
