@@ -33,7 +33,7 @@ check: install ## style, types, layers and the tests that need no server; under 
 test: install ## all tests, on the embedded broker and on Apache Kafka
 	@$(BIN)/python -m tests.kit.install
 	@nice -n 19 $(BIN)/python -m pytest -m "long and not soak" > $(LONG) 2>&1 & long=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long and not soak" --durations=30 --durations-min=8; others=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not soak" --durations=30 --durations-min=8; others=$$?; \
 	wait $$long; longs=$$?; echo "and those that only compute, which ran beside them:"; cat $(LONG); \
 	exit $$((others ? others : longs))
 

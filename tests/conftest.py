@@ -78,21 +78,11 @@ def broker(tmp_path: Path) -> Iterator[BrokerProcess]:
 SERVER_FIXTURES = {"own_engine", "embedded", "kafka", "kafka3", "engine", "broker", "postgres", "database_url"}
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts a process is marked as such, so that `make check` can leave it out; and what shares what it starts is kept in
-    one worker."""
+    """What starts a process is marked as such, so that `make check` can leave it out."""
     for item in items:
         if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.server)
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-
-
-def _group_of(item: pytest.Item) -> str:
-    """A file; of an example, which runs for a whole file, one engine's tests."""
-    engine = getattr(getattr(item, "callspec", None), "id", "")
-    return f"{item.path}-{engine}" if "examples" in item.path.parts and engine in ENGINES else str(item.path)
 
 
 @pytest.fixture(scope="session")

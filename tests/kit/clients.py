@@ -128,8 +128,9 @@ class KafkaPython:
 
     def consume(self, servers: str, topic: str, count: int, group: str | None = None) -> list[Received]:
         consumer = kafka.KafkaConsumer(
-            bootstrap_servers=servers, group_id=group, auto_offset_reset="earliest", enable_auto_commit=False
-        )
+            bootstrap_servers=servers, group_id=group, auto_offset_reset="earliest", enable_auto_commit=False,
+            metadata_max_age_ms=1000,  # a topic that was made just now may be unknown to it at first
+        )  # fmt: skip
         try:
             if group is None:
                 partitions = [
