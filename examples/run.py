@@ -191,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run an example with live traffic.")
     parser.add_argument("example", choices=sorted(APPS))
     parser.add_argument("engine", choices=["embedded", "kafka", "kafka3"])
-    parser.add_argument("--speed-up", default="21600", help="seconds of 1997 per second")
+    parser.add_argument("--speed-up", default="7200", help="seconds of 1997 per second")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     run = Run(options.example, options.engine)

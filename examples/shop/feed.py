@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Feed the shop with CDNOW's purchases.")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--limit", type=int, help="only the first so many purchases")
-    parser.add_argument("--speed-up", type=float, default=21_600, help="seconds of 1997 per second; 0: no waiting")
+    parser.add_argument("--speed-up", type=float, default=7_200, help="seconds of 1997 per second; 0: no waiting")
     options = parser.parse_args()
     print(f"accepted {asyncio.run(feed(options.url, options.limit, options.speed_up))} orders")
 

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from headwater import Event, Topic
 from headwater.broker.broker_config import OWN_KEYS
 from headwater.broker.dispatch import APIS
 from headwater.broker.topic_config import TOPIC_KEYS
@@ -62,6 +64,39 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         (tmp_path / f"{name}.py").write_text(content)
 
     run_up(tmp_path, ["writer:app", "reader:app"], ["hello ada, your order o-"])
+
+
+def shop_events() -> ModuleType:
+    """What the pages take for granted of a team's own: events of one field or more, and their topics."""
+    module = ModuleType("shop_events")
+    of_orders = "OrderPlaced OrderConfirmed OrderCancelled"
+    of_stock = "ReserveStock StockReserved StockRejected ReleaseStock StockReleased"
+    of_payments = "ChargePayment PaymentProcessed PaymentFailed RefundPayment"
+    fields = {"OrderPlaced": {"cents": int}, "ChargePayment": {"cents": int}, "OrderCancelled": {"reason": str},
+              "StockReserved": {"shelf": str}, "ReleaseStock": {"shelf": str}}  # fmt: skip
+    for topic, names in {
+        "orders": of_orders, "stock": of_stock, "payments": of_payments, "shipping": "ShipOrder OrderShipped",
+        "users": "UserRegistered",
+    }.items():  # fmt: skip
+        events = []
+        for name in names.split():
+            annotations = {"order_id": str, **fields.get(name, {})}
+            events.append(type(Event)(name, (Event,), {"__annotations__": annotations, "__module__": "shop_events"}))
+            setattr(module, name, events[-1])
+        setattr(module, topic, Topic(f"{topic}.events.{topic}", key="order_id", events=events))
+    return module
+
+
+HOW_TOS = [page for page in PAGES if page.parent.name == "how-to" and blocks(str(page.relative_to(ROOT)), "python")]
+
+
+@pytest.mark.parametrize("page", HOW_TOS, ids=lambda page: page.name)
+def test_the_code_of_the_how_tos_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a page after those before it: whatever it declares can be declared so."""
+    monkeypatch.setitem(sys.modules, "shop_events", shop_events())
+    names: dict[str, Any] = {"__name__": "how_to"}
+    for block in blocks(str(page.relative_to(ROOT)), "python"):
+        exec(block, names)
 
 
 def test_the_classes_of_the_schemas_page_have_the_schemas_it_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Projection, Rows, Tombstone, Topic
 from headwater.cli.commands import app as commands
+from headwater.cli.groups import partition_rows
 from headwater.domain import projector, rebuild, repeats
 from headwater.domain.projection import InvalidProjection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
@@ -318,8 +319,8 @@ def refusing(topic: Topic) -> Projection:
 def test_an_event_that_fails_holds_up_its_partition_alone(
     engine: Engine, database_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is behind it waits, the other partitions go on, and a restart changes nothing. Left out, it is left out of a
-    rebuild too. (both engines, both databases)"""
+    """What is behind it waits, the other partitions go on, and a restart changes nothing; its group says what its partition
+    waits for, until it doesn't. Left out, it is left out of a rebuild too. (both engines, both databases)"""
     monkeypatch.setattr(projector, "LONGEST_PAUSE_SECONDS", 0.5)
     world = World(engine, database_url, unique, refusing)
     first, bad, behind = Bought("o-1", "c-bad", 1), Bought("o-2", "c-bad", -1), Bought("o-3", "c-bad", 5)
@@ -340,7 +341,15 @@ def test_an_event_that_fails_holds_up_its_partition_alone(
         world.app = world.new_app()
     assert "a negative amount" in stuck()[0].error
 
+    def waiting() -> list[tuple[int, str]]:
+        rows = partition_rows(KafkaAdmin(world.app.settings), "customers")
+        return [(row.partition, row.waiting.partition(": ")[2]) for row in rows if row.waiting is not None]
+
     with Running(world.app):
+        wait_until(
+            lambda: waiting() == [(same, "an event failed: ValueError: a negative amount")],
+            "its group to say what it waits for",
+        )
         event = stuck()[0]
         database = Database(world.url)
         with database.engine.begin() as connection:
@@ -351,6 +360,7 @@ def test_an_event_that_fails_holds_up_its_partition_alone(
             )
         wait_until(lambda: world.totals().get("c-bad") == (2, 6) and world.count() == 62, "what was behind it")
         assert stuck() == ()
+        wait_until(lambda: waiting() == [], "its group to say that it goes on")
     assert world.totals() == expected([first, behind, *others])
     assert same == event.partition
     result = world.rebuild(check=True)
@@ -838,6 +848,18 @@ def test_commands_show_rebuild_compare_and_leave_out(
     code, found = run("rebuild", target, "customers")
     assert (code, found["events"]) == (0, 40)
     assert small.totals() == expected(bought_events(40))
+
+    for row_version, obstacles in (
+        ("0", [{"event": None, "reason": "a rebuild: its rows are of version 0, and it is of version 1"}]),
+        ("1", []),
+    ):
+        with Database(small.url).engine.begin() as connection:
+            progress = read_model.load_progress(connection, "customers", Side.LIVE)
+            assert progress is not None
+            other = msgspec.structs.replace(progress, version=row_version)
+            read_model.save_progress(connection, "customers", Side.LIVE, other)
+        code, (row,) = run("list", target)
+        assert (code, row["waits_for"]) == (1 if obstacles else 0, obstacles)
 
     place = f"{small.topic.name}:0:7"
     assert run("skip", target, "customers", place, "--force") == (0, {"skipped": place})

@@ -316,6 +316,17 @@ def test_what_was_answered_survives_kill_9_and_a_second_registry_takes_over(
         assert known <= {json.dumps(each) for each in everything(fourth)[0]}  # type: ignore[index]
 
 
+def test_its_group_has_no_lag(registry: RegistryProcess, servers: str, unique: str) -> None:
+    """`headwater groups list` shows what the writer has applied. (both engines)"""
+    assert registry.register(f"{unique}-lag", user(ID)).status == 200
+
+    def lag() -> int:
+        listed = CliRunner().invoke(commands, ["groups", "list", "--bootstrap-servers", servers, "--json"])
+        return next(int(each["lag"]) for each in json.loads(listed.stdout) if each["group"] == "schema-registry")
+
+    wait_until(lambda: lag() == 0, "the writer to commit what it has applied")
+
+
 def test_a_registry_that_was_suspended_does_not_write_on_what_it_knew(servers: str, unique: str) -> None:
     """The writer sleeps until another one writes; what it was asked in its sleep gets an id that nobody has. (both
     engines)"""

@@ -415,6 +415,9 @@ def test_what_somebody_rewrites_is_found(engine: Engine, unique: str, tmp_path: 
         code, found = world.verify("--head", str(kept))
         assert code == 1
         assert [each["fault"] for each in found["found"]] == faults, found
+        code, said = world.run("head", world.audit.topic.name)
+        assert code == (0 if faults == ["head"] else 1)
+        assert code == 0 or "is not what was written" in said
     rewrite(records)
     assert world.verify("--head", str(kept))[0] == 0
 
@@ -434,7 +437,7 @@ def test_an_audit_that_lost_its_commits_reads_its_chain(embedded: Engine, unique
 
 
 def test_the_verifiers_errors_say_what_to_do(embedded: Engine, unique: str, tmp_path: Path) -> None:
-    """A topic that isn't there, a head that is none."""
+    """A topic that isn't there, or has other records; a head that is none."""
     world = World(embedded, unique)
     world.publish(1)
     bad = tmp_path / "bad.json"
@@ -442,7 +445,8 @@ def test_the_verifiers_errors_say_what_to_do(embedded: Engine, unique: str, tmp_
     for arguments, words in (
         (("verify", "none"), "there is no topic none"),
         (("verify", world.placed.name, "--head", str(bad)), "is not what `headwater audit head --json` prints"),
-        (("head", world.placed.name), "is not what was written"),
+        (("head", world.placed.name), "is no audit topic: none of its 1 records"),
+        (("verify", world.placed.name), "is no audit topic: none of its 1 records"),
     ):
         code, said = world.run(*arguments)
         assert code == 1

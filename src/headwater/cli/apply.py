@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headwater.cli.application import loaded
 from headwater.cli.output import (
     DEFAULT_SERVERS,
     Json,
@@ -27,8 +28,6 @@ from headwater.operations.apply import (
     plan,
     read_declaration,
 )
-from headwater.runtime.lifecycle import load
-from headwater.runtime.subscription import CannotStart
 
 
 def apply(
@@ -50,9 +49,9 @@ def apply(
         if not targets and not file:
             raise UserError("name applications (shop.orders:app), or a file with --file topics.toml.")
         try:
-            declarations = [declared_by(load(target), target) for target in targets or []]
+            declarations = [declared_by(loaded(target), target) for target in targets or []]
             declared = joined([*declarations, *(read_declaration(path) for path in file or [])])
-        except (CannotStart, InvalidDeclaration) as error:
+        except InvalidDeclaration as error:
             raise UserError(str(error)) from None
         client = admin(bootstrap_servers)
         found = plan(declared, find(client))

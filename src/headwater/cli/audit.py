@@ -127,6 +127,9 @@ def _verified(topic: str, servers: str, heads: list[Head], *, quiet: bool) -> li
             verifiers[each.partition].expect(each.sequence, each.hash)
     for record in _records(topic, servers, quiet=quiet):
         verifiers[place_of(record)[1]].feed(offset_of(record), record.key(), record.value(), headers_of(record))
+    strange = sum(len(each.findings) for each in verifiers)
+    if strange and not heads and not any(each.records for each in verifiers):
+        raise UserError(f"{topic} is no audit topic: none of its {strange} records is an audit record.")
     for verifier in verifiers:
         verifier.end()
     return verifiers

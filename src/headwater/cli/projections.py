@@ -1,12 +1,14 @@
 """`headwater projections`: how far read models are, what they wait for, and how they are built anew."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 from sqlalchemy.exc import SQLAlchemyError
 
 from headwater.cli.application import Target, with_database
@@ -38,7 +40,7 @@ def list_projections(target: Target, json: Json = False) -> None:
             shown = ("name", "version", "events", "lag", "left out", "rebuild", "waits for")
             table = [
                 (row["name"], row["version"], row["events"], row["lag"], len(row["skipped"]),
-                 "begun" if row["rebuilding"] else "", "\n".join(row["waits_for"]))
+                 "begun" if row["rebuilding"] else "", "\n".join(map(_obstacle_text, row["waits_for"])))
                 for row in rows
             ]  # fmt: skip
             show_rows(shown, table, False, numbers=("events", "lag", "left out"), empty="no projections")
@@ -69,11 +71,41 @@ def _row(app: App, projection: Projection) -> dict[str, Any]:
         "lag": lag,
         "rebuilding": rebuilt is not None,
         "skipped": [":".join(map(str, each)) for each in (progress.skipped if progress is not None else ())],
-        "waits_for": [
-            f"{each.topic}:{each.partition}:{each.offset} {each.error}"
-            for each in (progress.stuck if progress is not None else ())
-        ],
+        "waits_for": _obstacles(projection, progress, starts) if progress is not None else [],
     }
+
+
+def _obstacles(
+    projection: Projection, progress: read_model.Progress, starts: dict[tuple[str, int], int]
+) -> list[dict[str, Any]]:
+    """What keeps it from going on, as the process that has it finds."""
+    found = [
+        {
+            "event": f"{each.topic}:{each.partition}:{each.offset}",
+            "reason": each.error,
+            "attempts": each.attempts,
+            "due_at_ms": each.due_ms,
+        }
+        for each in progress.stuck
+    ]
+    if progress.version != projection.version:
+        reason = f"a rebuild: its rows are of version {progress.version}, and it is of version {projection.version}"
+        found.append({"event": None, "reason": reason})
+    read = {topic.name for topic in projection.topics if projection.events_of(topic)}
+    for (topic, partition), start in starts.items():
+        offset = progress.offset(topic, partition) or 0
+        if topic in read and offset < start:
+            reason = f"a rebuild: retention has taken {topic}-{partition} from {offset} to {start}"
+            found.append({"event": None, "reason": reason})
+    return found
+
+
+def _obstacle_text(obstacle: dict[str, Any]) -> str:
+    if obstacle["event"] is None:
+        return str(obstacle["reason"])
+    seconds = max(0.0, obstacle["due_at_ms"] / 1000 - time.time())
+    attempts = f"{obstacle['attempts']} attempt{'s' if obstacle['attempts'] != 1 else ''}"
+    return f"{obstacle['event']} {obstacle['reason']} ({attempts}, the next in {seconds:.0f} s)"
 
 
 @app.command()
@@ -93,7 +125,7 @@ def rebuild(
         projection = _projection(found, name)
         tables.create_tables(found.database.engine)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=json) as bar:
+        with ProgressBar(*columns, console=console, transient=True, disable=json) as bar:
             task = bar.add_task(name, total=None)
             made = Rebuild(
                 projection, found.database, found.settings, Schemas(found.settings),

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
+from headwater.cli.application import Target, loaded
 from headwater.cli.output import Json, UserError, console, explained, show_json, show_rows
 from headwater.kafka.registry_client import Refused, RegistryClient, RegistryUnreachable
-from headwater.runtime.lifecycle import load
 from headwater.runtime.schemas import UnusableSchema, schemas_of
-from headwater.runtime.subscription import CannotStart
 from headwater.schema.schema import SchemaType
 from headwater.settings import DEFAULT_REGISTRY_URL as DEFAULT_REGISTRY
 
@@ -97,15 +96,15 @@ def register(
 
 @app.command()
 def export(
-    target: Annotated[str, typer.Argument(metavar="MODULE:APP", help="The application, as in shop.inventory:app.")],
+    target: Target,
     folder: Annotated[Path, typer.Argument(help="Where a file for each event goes: SUBJECT.avsc, .json or .proto.")],
     json: Json = False,
 ) -> None:
     """Write the schemas of an application's events, for `check` and `register`, or to look at."""
     with explained("schemas export"):
         try:
-            schemas = schemas_of(load(target).topics)
-        except (CannotStart, UnusableSchema) as error:
+            schemas = schemas_of(loaded(target).topics)
+        except UnusableSchema as error:
             raise UserError(str(error)) from None
         if not schemas:
             raise UserError(f"{target} has no topic with a schema: Topic(..., schema='avro').")

@@ -137,13 +137,16 @@ class Projection:
 
     # Its events
 
+    def events_of(self, topic: Topic) -> list[type]:
+        """Those that it has functions for."""
+        classes: list[type] = [cls for cls in topic.events if cls in self._functions]
+        return [*classes, Tombstone] if Tombstone in self._functions and topic.is_compacted else classes
+
     def decoders(self, topic_ids: Mapping[str, str], schemas: SchemaSource) -> dict[str, TopicDecoder]:
         """By topic; of those that it has functions for."""
         found = {}
         for topic in self.topics:
-            classes = [cls for cls in topic.events if cls in self._functions]
-            if Tombstone in self._functions and topic.is_compacted:
-                classes.append(Tombstone)
+            classes = self.events_of(topic)
             if classes:
                 found[topic.name] = TopicDecoder(topic, classes, topic_ids[topic.name], schemas)
         return found

@@ -23,6 +23,7 @@ from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, Message
 from headwater.kafka.reader import KafkaReader, Place, offset_of, place_of
 from headwater.kafka.registry_client import RegistryUnreachable
+from headwater.runtime import frontier
 from headwater.runtime.subscription import CannotStart, Surroundings
 from headwater.store import read_model
 from headwater.store.database import is_unavailable
@@ -60,6 +61,7 @@ class Held(NamedTuple):
     error: str
     attempts: int
     due: float
+    since_ms: int
     is_tried: bool = False
     """It is read again, just now."""
 
@@ -90,7 +92,7 @@ class Projector:
         """The next offset, of every partition."""
         self._repeats = Repeats()
         self._held: dict[Place, Held] = {}
-        self._shown: dict[Place, int] = {}
+        self._shown: dict[Place, tuple[int, str]] = {}
         self._next_show = 0.0
         self._next_look = 0.0
 
@@ -297,10 +299,12 @@ class Projector:
         place, offset = place_of(record), offset_of(record)
         reader.remove(*place)
         before = self._held.get(place)
-        attempts = before.attempts + 1 if before is not None and before.offset == offset else 1
+        attempts, since_ms = 1, now_ms()
+        if before is not None and before.offset == offset:
+            attempts, since_ms = before.attempts + 1, before.since_ms
         pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempts - 1))
         said = f"{type(error).__name__}: {error}"
-        self._held[place] = Held(offset, said, attempts, time.monotonic() + pause)
+        self._held[place] = Held(offset, said, attempts, time.monotonic() + pause, since_ms)
         logger.error(
             "projection_event_failed name=%s topic=%s partition=%d offset=%d attempts=%d seconds=%.1f error=%s",
             self._projection.name, *place, offset, attempts, pause, said.split("\n")[0],
@@ -309,7 +313,7 @@ class Projector:
         with connection.begin():
             progress = self._load(connection)
             others = tuple(each for each in progress.stuck if (each.topic, each.partition) != place)
-            stuck = (*others, Stuck(*place, offset, said, attempts))
+            stuck = (*others, Stuck(*place, offset, said, attempts, now_ms() + int(pause * 1000)))
             read_model.save_progress(
                 connection, self._projection.name, Side.LIVE,
                 advanced(progress, {place: offset}, self._topic_ids, events=progress.events, stuck=stuck),
@@ -324,24 +328,30 @@ class Projector:
 
     def _show(self) -> None:
         """To the tools that know groups."""
-        if time.monotonic() < self._next_show or self._positions == self._shown:
+        if time.monotonic() < self._next_show:
             return
         self._next_show = time.monotonic() + SHOW_SECONDS
-        changed = {
-            place: offset
-            for place, offset in self._positions.items()
-            if offset != self._shown.get(place) and place not in self._held
-        }
+        now = {place: (offset, self._metadata(place)) for place, offset in self._positions.items()}
+        changed = {place: shown for place, shown in now.items() if shown != self._shown.get(place)}
         if not changed:
             return
         try:
-            self._admin.alter_committed(
-                self._projection.name, {place: (offset, "") for place, offset in changed.items()}
-            )
+            self._admin.alter_committed(self._projection.name, changed)
         except AdminError as error:
             logger.debug("projection_not_shown name=%s error=%s", self._projection.name, error)
             return
-        self._shown = {**self._shown, **changed}
+        self._shown = now
+
+    def _metadata(self, place: Place) -> str:
+        held = self._held.get(place)
+        if held is None:
+            return ""
+        waiting = frontier.Waiting(f"an event failed: {held.error}", held.since_ms)
+        return frontier.encode_metadata(frontier.Progress(waiting=waiting))
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def advanced(

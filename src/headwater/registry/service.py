@@ -35,7 +35,9 @@ class RegistryService:
         self._loop = asyncio.get_running_loop()
         self._storage = Storage(settings, self.registry, self._loop)
         self._address = address
-        self._leadership = Leadership(settings, self._storage.topic, address, self._leads_changed)
+        self._leadership = Leadership(
+            settings, self._storage.topic, address, self._leads_changed, lambda: self._storage.applied
+        )
         self._is_leader = False
         self._is_current = False
         """What the writer before wrote was read."""

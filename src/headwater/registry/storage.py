@@ -40,7 +40,7 @@ class Storage:
         self._registry = registry
         self._loop = loop
         self.topic = topic
-        self._applied = 0
+        self.applied = 0
         """The offset behind the last record that was applied."""
         self._news = asyncio.Event()
         self._stopping = threading.Event()
@@ -86,7 +86,7 @@ class Storage:
                     key, value = encode(record)
                     sent = await self._sender.send(self.topic, key, value, [], partition=0)
                     end = max(end, sent.offset + 1)
-                while self._applied < end:
+                while self.applied < end:
                     self._news.clear()
                     await self._news.wait()
         except NotPublished as error:
@@ -124,5 +124,5 @@ class Storage:
                 logger.warning("record_ignored topic=%s offset=%s reason=%s", self.topic, message.offset(), error)
                 continue
             self._registry.apply(record.key, record.value)
-        self._applied = max(self._applied, end)
+        self.applied = max(self.applied, end)
         self._news.set()

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, Self
 import msgspec
 from sqlalchemy import (
     JSON,
-    BigInteger,
     Column,
     ColumnElement,
     Connection,
@@ -49,9 +48,9 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import NoSuchTableError, SAWarning
 from sqlalchemy.sql.dml import Insert
+from sqlalchemy.types import NullType
 
 from headwater.declaration import WrongDeclaration
 from headwater.settings import duration_seconds
@@ -328,7 +327,8 @@ class Outbox:
 
     def _is_one_of(self, connection: Connection, positions: Collection[int]) -> ColumnElement[bool]:
         if connection.dialect.name == "postgresql":  # one parameter, however many they are
-            return self._position == any_(bindparam("positions", list(positions), type_=ARRAY(BigInteger)))
+            given = "{" + ",".join(map(str, positions)) + "}"  # a list's elements are adapted one by one
+            return self._position == any_(bindparam("positions", given, type_=NullType()))
         return self._position.in_(positions)
 
     def read_all(

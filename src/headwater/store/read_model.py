@@ -37,6 +37,8 @@ class Stuck(msgspec.Struct, frozen=True):
     offset: int
     error: str
     attempts: int
+    due_ms: int = 0
+    """When it is tried again, in ms since the epoch."""
 
 
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
