@@ -164,9 +164,9 @@ class Run:
                         raise RuntimeError("the example did not start; what it printed is above") from None
                     time.sleep(0.05)
 
-    def control(self, action: str, name: str) -> None:
-        """`headwater up stop|start NAME`."""
-        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), action, name]
+    def control(self, action: str, *names: str) -> None:
+        """`headwater up stop|start NAME...`."""
+        command = [sys.executable, "-m", "headwater", "up", "--data", str(self.data), action, *names]
         subprocess.run(command, check=True, env=self.environment, stdout=subprocess.DEVNULL)
 
     def pids(self) -> dict[str, int | None]:

@@ -514,11 +514,9 @@ def consumers(run: Run, state: str) -> Iterator[None]:
     if state == "up":
         yield
     elif state == "down":
-        for name in CONSUMERS:
-            run.control("stop", name)
+        run.control("stop", *CONSUMERS)
         yield
-        for name in CONSUMERS:
-            run.control("start", name)
+        run.control("start", *CONSUMERS)
     else:
         pids = [pid for name, pid in run.pids().items() if name in CONSUMERS and pid is not None]
         for pid in pids:

@@ -251,11 +251,14 @@ def test_up_supervises_restarts_stops_and_starts(tmp_path: Path) -> None:
             lambda: status(tmp_path)["registry"]["pid"] not in (None, first["registry"]["pid"]), "a new registry"
         )
         assert status(tmp_path)["registry"]["address"] == first["registry"]["address"]
-        assert headwater("up", "--data", str(tmp_path / "d"), "stop", "myapp").returncode == 0
-        assert not status(tmp_path)["myapp"]["running"]
-        assert headwater("up", "--data", str(tmp_path / "d"), "start", "myapp").returncode == 0
-        wait_until(lambda: bool(status(tmp_path)["myapp"]["running"]), "its return")
-        assert "nothing here is called" in headwater("up", "--data", str(tmp_path / "d"), "stop", "nobody").stderr
+        control = ("up", "--data", str(tmp_path / "d"))
+        both = ("myapp", "registry")
+        assert headwater(*control, "stop", *both).returncode == 0
+        assert not any(status(tmp_path)[name]["running"] for name in both)
+        assert headwater(*control, "start", *both).returncode == 0
+        wait_until(lambda: all(status(tmp_path)[name]["running"] for name in both), "their return")
+        assert "nothing here is called 'nobody'" in headwater(*control, "stop", "myapp", "nobody").stderr
+        assert status(tmp_path)["myapp"]["running"]
     finally:
         up.send_signal(signal.SIGTERM)
         _, errors = up.communicate(timeout=60)

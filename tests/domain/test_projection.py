@@ -28,7 +28,6 @@ from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Projection, Rows, Tombstone, Topic
 from headwater.cli.commands import app as commands
-from headwater.cli.groups import partition_rows
 from headwater.domain import projector, rebuild, repeats
 from headwater.domain.projection import InvalidProjection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
@@ -36,6 +35,7 @@ from headwater.domain.repeats import Repeats
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.consumer import headers_of
 from headwater.kafka.reader import place_of, read_all
+from headwater.operations.lag import partition_rows
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.schemas import Schemas
 from headwater.store import read_model

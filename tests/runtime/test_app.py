@@ -10,9 +10,9 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 
 from headwater import App, Envelope, Event, Retry, Settings, Topic
-from headwater.cli.groups import partition_rows
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.admin import KafkaAdmin
+from headwater.operations.lag import partition_rows
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.publish import NoTopic
 from headwater.runtime.subscription import CannotStart

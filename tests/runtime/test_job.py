@@ -9,10 +9,10 @@ from pathlib import Path
 
 from confluent_kafka import Producer
 
-from headwater.cli.groups import partition_rows
 from headwater.event.codec import encode
 from headwater.event.envelope import Cause
 from headwater.kafka.admin import KafkaAdmin
+from headwater.operations.lag import partition_rows
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
 from tests.kit.running import settings_for

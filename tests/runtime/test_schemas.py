@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Retry, Settings, Tombstone, Topic
 from headwater.cli.commands import app as commands
-from headwater.cli.groups import partition_rows
 from headwater.event import protobuf_data
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.admin import KafkaAdmin
 from headwater.kafka.registry_client import RegistryClient, RegistryUnreachable
+from headwater.operations.lag import partition_rows
 from headwater.runtime import schemas
 from headwater.runtime.handler import InvalidHandler
 from headwater.runtime.publish import NoSchemaId, NoTopic

@@ -154,6 +154,26 @@ A = {"properties": {"a": {"type": "integer"}}}
 AB = {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
 
 
+ANY: dict[str, Any] = {"anyOf": [{"$ref": "#/$defs/d"}, {"type": "null"}]}
+NOT: dict[str, Any] = {"not": {"$ref": "#/$defs/d"}}
+BESIDE: dict[str, Any] = {"$ref": "#/$defs/d", "multipleOf": 2}
+
+
+def of_definition(definition: object, a: dict[str, Any]) -> JsonSchema:
+    """The same text but for the definition that a property refers to."""
+    return schema(properties={"a": a}, **{"$defs": {"d": definition}})
+
+
+def in_another(definition: object) -> JsonSchema:
+    """Behind a reference, where `#` is the other document."""
+    other = {"$defs": {"d": definition}, "properties": {"b": {"$ref": "#/$defs/d"}}}
+    return JsonSchema(json.dumps({"$ref": "other.json"}), {"other.json": json.dumps(other)})
+
+
+def with_a_space(definition: object) -> JsonSchema:
+    return schema(properties={"a": {"$ref": "#/$defs/a%20d"}}, **{"$defs": {"a d": definition}})
+
+
 @pytest.mark.parametrize(
     ("reader", "writer", "expected"),
     [
@@ -194,6 +214,42 @@ AB = {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
             schema(**A),
             [],
         ),
+        (of_definition({"type": "integer"}, ANY), of_definition({"type": "integer"}, ANY), []),
+        (of_definition({"type": "integer"}, ANY), of_definition({"type": "string"}, ANY), ["SUM_TYPE_NARROWED"]),
+        (of_definition({"type": "number"}, ANY), of_definition({"type": "integer"}, ANY), []),
+        (of_definition({"type": "integer"}, NOT), of_definition({"type": "integer"}, NOT), []),
+        (of_definition({"type": "integer"}, NOT), of_definition({"type": "string"}, NOT), ["NOT_TYPE_CHANGED"]),
+        (of_definition({"maximum": 5}, BESIDE), of_definition({"maximum": 5}, BESIDE), []),
+        (
+            of_definition({"maximum": 5}, BESIDE),
+            of_definition({"maximum": 5}, {"$ref": "#/$defs/d"}),
+            ["MULTIPLE_OF_CHANGED"],
+        ),
+        (
+            schema(**AB, unevaluatedProperties=False),
+            schema(**AB),
+            ["UNEVALUATED_PROPERTIES_ADDED"],
+        ),
+        (
+            schema(properties={"a": {"type": "array", "contains": {"type": "string"}, "minContains": 2}}),
+            schema(properties={"a": {"type": "array", "contains": {"type": "string"}}}),
+            ["CONTAINS_ADDED"],
+        ),
+        (
+            schema(**A, **CLOSED, patternProperties={"^a": {"type": "integer", "maximum": 5}}),
+            schema(**A, **CLOSED),
+            ["MAXIMUM_ADDED"],
+        ),
+        (
+            JsonSchema(
+                '{"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 5, "exclusiveMaximum": true}', {}
+            ),
+            JsonSchema('{"$schema": "http://json-schema.org/draft-04/schema#", "maximum": 5}', {}),
+            ["EXCLUSIVE_MAXIMUM_ADDED"],
+        ),
+        (in_another({"type": "integer"}), in_another({"type": "integer"}), []),
+        (in_another({"type": "integer"}), in_another({"type": "string"}), ["TYPE_CHANGED"]),
+        (with_a_space({"type": "integer"}), with_a_space({"type": "string"}), ["TYPE_CHANGED"]),
     ],
 )
 def test_json_schema_takes_what_every_old_document_fits(
@@ -222,6 +278,8 @@ documents = st.recursive(
 @st.composite
 def json_schemas(draw: st.DrawFn, depth: int = 2) -> Any:
     node: dict[str, Any] = {}
+    if draw(st.integers(0, 4)) == 0:
+        return {"$ref": draw(st.sampled_from(["#/$defs/d", "#/$defs/e"]))}
     kind = draw(st.sampled_from(["integer", "number", "string", "boolean", "null", "object", "array", None]))
     if kind is not None:
         node["type"] = kind
@@ -233,18 +291,41 @@ def json_schemas(draw: st.DrawFn, depth: int = 2) -> Any:
         node["properties"] = draw(st.dictionaries(st.sampled_from("abc"), json_schemas(depth - 1), max_size=2))
         node["required"] = draw(st.lists(st.sampled_from("abc"), unique=True, max_size=1))
         node["additionalProperties"] = draw(st.booleans() | json_schemas(0))
+        node["patternProperties"] = draw(st.dictionaries(st.sampled_from(["^a", "b"]), json_schemas(0), max_size=1))
     if kind == "array" and depth:
         node["items"] = draw(json_schemas(depth - 1))
     if kind is None and depth and draw(st.booleans()):
         node[draw(st.sampled_from(["anyOf", "allOf"]))] = draw(
             st.lists(json_schemas(depth - 1), min_size=1, max_size=2)
         )
+    if depth and draw(st.integers(0, 5)) == 0:
+        node["not"] = draw(json_schemas(0))
     return node
 
 
-@given(json_schemas(), json_schemas(), st.lists(documents, min_size=10, max_size=20))
-def test_a_document_that_fitted_fits_if_nothing_stands_against_it(reader: Any, writer: Any, found: list[Any]) -> None:
-    """What the check lets through is safe: no document of the writer's fails with the reader."""
+@st.composite
+def definitions(draw: st.DrawFn) -> Any:
+    """Of what schemas refer to; the second may refer to the first."""
+    kinds_of_leaf = st.sampled_from([{"type": "integer"}, {"type": "string"}, {"type": "null"}, {}, {"maxLength": 2}])
+    first = draw(kinds_of_leaf)
+    second = draw(kinds_of_leaf | st.just({"anyOf": [{"$ref": "#/$defs/d"}, {"type": "boolean"}]}))
+    return {"d": first, "e": second}
+
+
+@given(
+    json_schemas(),
+    json_schemas(),
+    st.booleans(),
+    definitions(),
+    definitions(),
+    st.lists(documents, min_size=10, max_size=20),
+)
+def test_a_document_that_fitted_fits_if_nothing_stands_against_it(
+    reader: Any, writer: Any, is_same: bool, new_ones: Any, old_ones: Any, found: list[Any]
+) -> None:
+    """What the check lets through is safe: no document of the writer's fails with the reader. is_same: but for what they refer
+    to."""
+    reader, writer = {**reader, "$defs": new_ones}, {**(reader if is_same else writer), "$defs": old_ones}
     new, old = JsonSchema(json.dumps(reader), {}), JsonSchema(json.dumps(writer), {})
     if not new.differences(old):
         for document in found:
@@ -350,5 +431,5 @@ def test_a_proto_file_is_kept_in_one_form_with_its_comments() -> None:
 def test_what_is_no_schema_is_said(make: Any, text: str, says: str) -> None:
     """Invalid, unknown, recursive, too deep: an error that says what, and nothing fetched from anywhere."""
     with pytest.raises(InvalidSchema) as error:
-        make(text, {})
+        make(text, {}).check_new()
     assert says in str(error.value)

@@ -11,6 +11,7 @@ from headwater.cli import (
     consume,
     dead_letters,
     groups,
+    lag,
     outbox,
     produce,
     projections,
@@ -57,6 +58,7 @@ app.add_typer(projections.app, name="projections")
 app.add_typer(sagas.app, name="sagas")
 app.add_typer(audit.app, name="audit")
 app.add_typer(dead_letters.app, name="dead-letters")
+app.command("lag")(lag.lag)
 app.command("apply")(apply.apply)
 app.command("replay")(replay.replay)
 app.command("verify")(verify.verify)

@@ -23,8 +23,8 @@ from headwater.cli.output import (
 )
 from headwater.kafka.admin import KafkaAdmin
 from headwater.operations.failures import ParkedKey, read_failures, topics_of
+from headwater.operations.lag import partition_rows
 from headwater.operations.replay import moved
-from headwater.runtime.frontier import decode_metadata
 from headwater.runtime.lane import NO_OFFSET
 
 app = typer.Typer(no_args_is_help=True, help="Consumer groups: list, describe, reset, delete.")
@@ -54,86 +54,6 @@ def list_groups(bootstrap_servers: Servers = DEFAULT_SERVERS, json: Json = False
             rows.append((name, state.lower(), lag, sum(row.parked for row in partitions), waiting))
         columns = ("group", "state", "lag", "parked keys", "waiting")
         show_rows(columns, rows, json, numbers=columns[2:], empty="no groups")
-
-
-class ReplayRow(msgspec.Struct, frozen=True):
-    """Events from `start` to before `end` are handled again, the others up to `until` are not."""
-
-    start: int
-    end: int
-    until: int
-    outside_effects: bool
-
-
-class PartitionRow(msgspec.Struct, frozen=True):
-    """One partition of a group."""
-
-    topic: str
-    partition: int
-    committed: int | None
-    end: int
-    lag: int | None
-    member: str | None
-    waiting: str | None
-    parked: int = 0
-    """How many keys are parked."""
-    replay: ReplayRow | None = None
-
-
-def partition_rows(client: KafkaAdmin, group: str) -> list[PartitionRow]:
-    """What the group has committed and what its members are assigned to, with the lag in records."""
-    described = client.describe_group(group)
-    owners = {place: member.client_id for member in described.members for place in member.partitions}
-    committed = client.committed(group)
-    counts = client.partition_counts()
-    topics = {topic for topic, _ in [*committed, *owners]}
-    places = sorted((topic, index) for topic in topics for index in range(counts.get(topic, 0)))
-    ends = client.end_offsets(places)
-    starts = client.start_offsets([place for place in places if place not in committed])
-    rows = []
-    for place in places:
-        position = committed.get(place)
-        lag = ends[place] - (position.offset if position is not None else starts[place])
-        rows.append(
-            PartitionRow(
-                place[0],
-                place[1],
-                position.offset if position is not None else None,
-                ends[place],
-                max(lag, 0),
-                owners.get(place),
-                waiting_for(position.metadata) if position is not None else None,
-                parked_in(position.metadata) if position is not None else 0,
-                replay_in(position.metadata) if position is not None else None,
-            )
-        )
-    return rows
-
-
-def waiting_for(metadata: str) -> str | None:
-    """What a Headwater handler's partition waits for, if it does."""
-    progress = decode_metadata(metadata)
-    if progress is None:
-        return None
-    if progress.waiting is not None:
-        seconds = max(0, time.time() - progress.waiting.since_ms / 1000)
-        return f"for {seconds:.0f} s: {progress.waiting.reason}"
-    if progress.parked:
-        return f"{progress.parked} {'key is' if progress.parked == 1 else 'keys are'} parked"
-    return None
-
-
-def parked_in(metadata: str) -> int:
-    progress = decode_metadata(metadata)
-    return progress.parked if progress is not None else 0
-
-
-def replay_in(metadata: str) -> ReplayRow | None:
-    """The replay that is to come or under way."""
-    progress = decode_metadata(metadata)
-    if progress is None or progress.replay is None:
-        return None
-    return ReplayRow(progress.replay.start, progress.replay.end, progress.replay.until, progress.replay.outside_effects)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`headwater up`: a broker, a schema registry and applications, supervised; `up stop|start NAME` from another terminal.
+"""`headwater up`: a broker, a schema registry and applications, supervised; `up stop|start NAME...` from another terminal.
 
     DIR/broker        the broker's data            DIR/<app>.db    an application's SQLite database
     DIR/up.sock       where stop and start are heard
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,7 @@ MAX_SOCKET_PATH = 100  # bytes; the system's limit is 108
 BROKER = "broker"
 REGISTRY = "registry"
 
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Of processes, as `headwater up status` has them.")]
 Data = Annotated[Path, typer.Option("--data", help="Directory of the broker, the databases and the control socket.")]
 
 
@@ -285,17 +287,17 @@ async def _listen(data: Path, everyone: list[Supervised]) -> asyncio.Server:
             await answer_one(reader, writer)
 
     async def answer_one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        action, _, name = (await reader.readline()).decode().strip().partition(" ")
-        found = next((each for each in everyone if each.name == name), None)
-        if action in ("stop", "start") and found is None:
+        action, *names = (await reader.readline()).decode().split()
+        found = [each for each in everyone if each.name in names]
+        strange = [name for name in names if name not in [each.name for each in everyone]]
+        if strange:
             known = ", ".join(each.name for each in everyone)
-            answer: dict[str, object] = {"error": f"nothing here is called {name!r}: there are {known}."}
+            answer: dict[str, object] = {"error": f"nothing here is called {strange[0]!r}: there are {known}."}
         else:
-            if found is not None and action == "stop":
-                found.stop()
-                await found.wait_stopped()
-            elif found is not None and action == "start":
-                found.start()
+            for each in found:
+                each.stop() if action == "stop" else each.start()
+            if action == "stop":
+                await asyncio.gather(*(each.wait_stopped() for each in found))
             answer = {"processes": [each.status() for each in everyone]}
         writer.write(json_library.dumps(answer).encode() + b"\n")
         await writer.drain()
@@ -306,13 +308,15 @@ async def _listen(data: Path, everyone: list[Supervised]) -> asyncio.Server:
     return await asyncio.start_unix_server(serve, str(path))
 
 
-async def _ask(data: Path, request: str) -> dict[str, object]:
+async def _ask(data: Path, action: str, names: Sequence[str] = ()) -> dict[str, object]:
+    if any(len(name.split()) != 1 for name in names):  # a line is one request, its words are names
+        raise UserError("a process's name is one word: `headwater up status` has them.")
     try:
         reader, writer = await asyncio.open_unix_connection(str(data / "up.sock"))
     except (FileNotFoundError, ConnectionRefusedError):
         raise UserError(f"no `headwater up` runs on {data}. Name its directory: headwater up --data DIR ...") from None
     try:
-        writer.write(request.encode() + b"\n")
+        writer.write(" ".join((action, *names)).encode() + b"\n")
         answer = json_library.loads(await reader.readline())
     except (ConnectionError, json_library.JSONDecodeError):
         raise UserError("the supervisor is just stopping.") from None
@@ -325,19 +329,19 @@ async def _ask(data: Path, request: str) -> dict[str, object]:
 
 
 @app.command()
-def stop(context: typer.Context, name: str, json: Json = False) -> None:
-    """Stop one process, and keep it stopped."""
+def stop(context: typer.Context, names: Names, json: Json = False) -> None:
+    """Stop processes, and keep them stopped."""
     with explained("up stop"):
-        answer = asyncio.run(_ask(context.obj, f"stop {name}"))
-        show_json(answer) if json or Speech.as_json else console.print(f"stopped {name}", highlight=False)
+        answer = asyncio.run(_ask(context.obj, "stop", names))
+        show_json(answer) if json or Speech.as_json else console.print(f"stopped {', '.join(names)}", highlight=False)
 
 
 @app.command()
-def start(context: typer.Context, name: str, json: Json = False) -> None:
-    """Start one process again."""
+def start(context: typer.Context, names: Names, json: Json = False) -> None:
+    """Start processes again."""
     with explained("up start"):
-        answer = asyncio.run(_ask(context.obj, f"start {name}"))
-        show_json(answer) if json or Speech.as_json else console.print(f"started {name}", highlight=False)
+        answer = asyncio.run(_ask(context.obj, "start", names))
+        show_json(answer) if json or Speech.as_json else console.print(f"started {', '.join(names)}", highlight=False)
 
 
 @app.command()

@@ -46,6 +46,11 @@ K = TypeVar("K")
 UNKNOWN_TOPIC = 3
 
 
+LASTING = {"metadata.recovery.strategy": "none"}
+"""After an outage the client would otherwise forget all nodes and learn them anew, but send what is for a group's coordinator to
+the one it has forgotten: no answer, ever (librdkafka 2.16)."""
+
+
 class AdminError(Exception):
     """The cluster refused, or could not be reached; the message says what and why."""
 
@@ -97,7 +102,7 @@ class KafkaAdmin:
     def __init__(self, settings: Settings) -> None:
         self._servers = settings.bootstrap_servers
         self._client = AdminClient(
-            {"bootstrap.servers": settings.bootstrap_servers, "log_level": 0, **for_admin(settings.kafka)}
+            {"bootstrap.servers": settings.bootstrap_servers, **LASTING, "log_level": 0, **for_admin(settings.kafka)}
         )
 
     def check_reachable(self, seconds: float = 5.0) -> None:

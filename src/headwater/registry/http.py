@@ -29,6 +29,7 @@ from headwater.schema.schema import MAX_BYTES, Reference, Schema, SchemaType
 
 MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
 FORWARDED = "X-Forward"
+UNKNOWN_PROPERTIES = "Confluent-Accept-Unknown-Properties"
 FORWARD_SECONDS = 30.0
 MAX_BODY = 2 * MAX_BYTES
 MAX_VERSION = 2**31 - 1
@@ -240,20 +241,15 @@ class Handlers:
         body = await _body(request, ConfigRequest)
         if body.compatibility is not None and body.compatibility.upper() not in Level.__members__:
             raise errors.invalid_level(body.compatibility, LEVELS)
-        before = self._registry.config(subject) or ConfigValue()
         given = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
         level = given.pop("compatibility", None)
         changes = {**given, **({"compatibilityLevel": level.upper()} if level is not None else {})}
-        config = msgspec.structs.replace(before, **changes)
-        await self._service.write(lambda: (self._registry.decide_config(subject, config), None))
+        await self._service.write(lambda: (self._registry.decide_config(subject, changes), None))
         return {**given, **({"compatibility": level.upper()} if level is not None else {})}
 
     async def delete_config(self, request: Request) -> object:
         subject = _scope(request)
-        before = self._registry.config(subject)
-        if subject is not None and before is None:
-            raise errors.subject_not_found(subject)
-        await self._service.write(lambda: (self._registry.decide_config(subject, None), None))
+        before = await self._service.write(lambda: self._registry.decide_delete_config(subject))
         return _set(before if before is not None else self._registry.effective_config(None))
 
     async def get_mode(self, request: Request) -> object:
@@ -274,10 +270,7 @@ class Handlers:
 
     async def delete_mode(self, request: Request) -> object:
         subject = _scope(request)
-        before = self._registry.mode(subject)
-        if subject is not None and before is None:
-            raise errors.subject_not_found(subject)
-        await self._service.write(lambda: (self._registry.decide_mode(subject, None), None))
+        before = await self._service.write(lambda: self._registry.decide_delete_mode(subject))
         return {"mode": before or Mode.READWRITE}
 
     # About the registry
@@ -360,6 +353,8 @@ async def _forward(request: Request, address: str | None) -> Response:
     forwarded = urllib.request.Request(url, body or None, method=request.method)
     forwarded.add_header(FORWARDED, "true")
     forwarded.add_header("Content-Type", request.headers.get("content-type", MEDIA_TYPE))
+    if UNKNOWN_PROPERTIES in request.headers:
+        forwarded.add_header(UNKNOWN_PROPERTIES, request.headers[UNKNOWN_PROPERTIES])
 
     def ask() -> tuple[int, bytes]:
         try:
@@ -434,7 +429,7 @@ async def _body(request: Request, kind: type[Any]) -> Any:
             raise errors.too_large(len(body), MAX_BODY)
     request._body = body  # it may have to be forwarded
     try:
-        if request.headers.get("Confluent-Accept-Unknown-Properties", "").lower() == "true":
+        if request.headers.get(UNKNOWN_PROPERTIES, "").lower() == "true":
             known = set(kind.__struct_fields__)
             given = msgspec.json.decode(body)
             given = (

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from headwater.kafka.admin import AdminError, KafkaAdmin
 from headwater.kafka.consumer import ConsumerFailed, KafkaException, Message
@@ -26,6 +27,8 @@ TAKE = 1000
 WAIT_SECONDS = 0.1
 TROUBLE_SECONDS = 1.0
 WRITE_SECONDS = 20.0
+SEND_SECONDS = 3.0
+"""Half of a session: what can't be sent for longer is given up, and can't come behind what another writer has decided since."""
 
 
 class StoreFailed(Exception):
@@ -61,7 +64,8 @@ class Storage:
             raise AdminError(f"{self.topic} is not compacted: set its cleanup.policy to compact, or schemas get lost.")
 
     def start(self) -> None:
-        self._producer = KafkaProducer(self._settings)
+        kafka = {**self._settings.kafka, "message.timeout.ms": str(int(SEND_SECONDS * 1000))}
+        self._producer = KafkaProducer(replace(self._settings, kafka=kafka))
         self._sender = LoopProducer(self._producer, self._loop)
         self._thread.start()
 

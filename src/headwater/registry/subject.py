@@ -151,16 +151,18 @@ class Registry:
         return self._configs.get(subject)
 
     def effective_config(self, subject: str | None) -> ConfigValue:
-        """What isn't set for the subject is the global one's; without that BACKWARD."""
-        own = self._configs.get(subject) if subject is not None else None
-        everywhere = self._configs.get(None)
-        return ConfigValue(**{"compatibilityLevel": Level.BACKWARD, **_set(everywhere), **_set(own)})
+        """What isn't set for the subject is its context's, then the global one's; without that BACKWARD."""
+        found: dict[str, Any] = {"compatibilityLevel": Level.BACKWARD}
+        for scope in reversed(_scopes(subject)):
+            found.update(_set(self._configs.get(scope)))
+        return ConfigValue(**found)
 
     def mode(self, subject: str | None) -> Mode | None:
         return self._modes.get(subject)
 
     def effective_mode(self, subject: str | None) -> Mode:
-        return self._modes.get(subject) or self._modes.get(None) or Mode.READWRITE
+        found = (self._modes.get(scope) for scope in _scopes(subject))
+        return next((mode for mode in found if mode is not None), Mode.READWRITE)
 
     # Understanding schemas
 
@@ -177,6 +179,13 @@ class Registry:
             text = msgspec.json.encode(msgspec.json.decode(text), order="sorted").decode()
         references = tuple(sorted(schema.references, key=lambda r: r.name)) if normalize else schema.references
         return msgspec.structs.replace(schema, text=text, references=references)
+
+    def _check_new(self, schema: Schema) -> None:
+        """What a registry before this one may have let through is read, but not taken anew. Raises 42201."""
+        try:
+            self.parse(schema).check_new()
+        except InvalidSchema as error:
+            raise errors.invalid_schema(f"Invalid schema {schema.text[:2000]}, details: {error}") from None
 
     def parse(self, schema: Schema) -> Parsed:
         """Raises 42201."""
@@ -246,6 +255,7 @@ class Registry:
         for known in live:
             if _same(known.schema, wanted) and id in (None, known.id) and version in (None, known.version):
                 return [], Registered(known.id, known.version)
+        self._check_new(wanted)
         if mode is not Mode.IMPORT:
             messages = self._against(subject, wanted, live, config)
             if messages:
@@ -269,6 +279,7 @@ class Registry:
         RegistryError."""
         config = self.effective_config(subject)
         wanted = self.canonical(schema, normalize=normalize or bool(config.normalize))
+        self._check_new(wanted)
         if all_versions:
             versions = [v for v in self._subjects.get(subject, {}).values() if not v.is_deleted]
             live = sorted(versions, key=lambda version: -version.version)
@@ -297,14 +308,19 @@ class Registry:
         for number in numbers:
             self._check_unreferenced(subject, number)
         if not permanent:
-            key = DeleteSubjectKey(subject=subject)
-            return [Record(key, DeleteSubjectValue(subject=subject, version=numbers[-1]))], numbers
+            value = DeleteSubjectValue(subject=subject, version=numbers[-1])
+            return [Record(DeleteSubjectKey(subject=subject), value), *self._without_settings(subject)], numbers
         records = [Record(SchemaKey(subject=subject, version=number), None) for number in numbers]
+        return [*records, *self._without_settings(subject)], numbers
+
+    def _without_settings(self, subject: str) -> list[Record]:
+        """Config and mode go with the last version that is live."""
+        records: list[Record] = []
         if subject in self._configs:
             records.append(Record(ConfigKey(subject=subject), None))
         if subject in self._modes:
             records.append(Record(ModeKey(subject=subject), None))
-        return records, numbers
+        return records
 
     def decide_delete_version(self, subject: str, number: int | None, *, permanent: bool) -> tuple[list[Record], int]:
         self._check_writable(subject)
@@ -316,21 +332,41 @@ class Registry:
         self._check_unreferenced(subject, version.version)
         if permanent:
             return [Record(SchemaKey(subject=subject, version=version.version), None)], version.version
-        gone = msgspec.structs.replace(version, is_deleted=True)
-        return [_schema_record(subject, gone)], version.version
+        gone = [_schema_record(subject, msgspec.structs.replace(version, is_deleted=True))]
+        is_last = all(each.is_deleted or each is version for each in self._subjects[subject].values())
+        return [*gone, *(self._without_settings(subject) if is_last else ())], version.version
 
-    def decide_config(self, subject: str | None, config: ConfigValue | None) -> list[Record]:
-        """None takes back what was set."""
-        return [Record(ConfigKey(subject=subject), config)]
+    def decide_config(self, subject: str | None, changes: Mapping[str, Any]) -> list[Record]:
+        """What is not among the changes stays as it is."""
+        before = self._configs.get(subject) or ConfigValue()
+        return [Record(ConfigKey(subject=subject), msgspec.structs.replace(before, **changes))]
 
-    def decide_mode(self, subject: str | None, mode: Mode | None, *, force: bool = False) -> list[Record]:
-        if mode is Mode.IMPORT and not force:
-            has_schemas = (
-                any(not v.is_deleted for v in self._subjects.get(subject, {}).values()) if subject else self._subjects
-            )
-            if has_schemas:
-                raise errors.not_permitted("Cannot import since found existing subjects")
-        return [Record(ModeKey(subject=subject), ModeValue(mode=mode) if mode is not None else None)]
+    def decide_delete_config(self, subject: str | None) -> tuple[list[Record], ConfigValue | None]:
+        """With what was set. Raises 40401."""
+        before = self._configs.get(subject)
+        if subject is not None and before is None:
+            raise errors.subject_not_found(subject)
+        return [Record(ConfigKey(subject=subject), None)], before
+
+    def decide_mode(self, subject: str | None, mode: Mode, *, force: bool = False) -> list[Record]:
+        if mode is Mode.IMPORT and not force and self._has_schemas(subject):
+            raise errors.not_permitted("Cannot import since found existing subjects")
+        return [Record(ModeKey(subject=subject), ModeValue(mode=mode))]
+
+    def _has_schemas(self, scope: str | None) -> bool:
+        """In a subject that is live, in a context that has subjects, or at all."""
+        if scope is None:
+            return bool(self._subjects)
+        if scope == _scope_of(context_of(scope)):
+            return any(name.startswith(scope) for name in self._subjects)
+        return any(not version.is_deleted for version in self._subjects.get(scope, {}).values())
+
+    def decide_delete_mode(self, subject: str | None) -> tuple[list[Record], Mode | None]:
+        """With what was set. Raises 40401."""
+        before = self._modes.get(subject)
+        if subject is not None and before is None:
+            raise errors.subject_not_found(subject)
+        return [Record(ModeKey(subject=subject), None)], before
 
     def _check_writable(self, subject: str) -> Mode:
         mode = self.effective_mode(subject)
@@ -424,6 +460,19 @@ def context_of(subject: str) -> str:
         if colon:
             return name
     return DEFAULT_CONTEXT
+
+
+def _scope_of(context: str) -> str:
+    """Under which the config and the mode of a context are kept."""
+    return f":{context}:"
+
+
+def _scopes(subject: str | None) -> list[str | None]:
+    """Where its config and mode are looked for, the nearest first."""
+    if subject is None:
+        return [None]
+    context = context_of(subject)
+    return [subject, None] if context == DEFAULT_CONTEXT else [subject, _scope_of(context), None]
 
 
 def _has_prefix(subject: str, prefix: str) -> bool:

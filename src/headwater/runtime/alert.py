@@ -11,6 +11,7 @@ breaker       the handler waits for an outage to end
 tier          the lag in seconds is above the tier's alarm; over when it is below the target
 projection    an event can't be applied, and its partition waits; over when none waits
 audit         a chain can't be written now; over when it is again
+lag           a group doesn't keep up (`headwater lag --watch`); over when it does again
 gap           committed events were no longer in the topic (`on_gap="skip"`)
 
 They are sent by a thread of their own, in order, each tried three times; what can't be told is logged. Nothing waits for

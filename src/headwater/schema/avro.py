@@ -9,7 +9,7 @@ compare them), but gives its messages and its places as two sets that don't belo
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import avro.schema
@@ -47,7 +47,11 @@ class AvroSchema:
         for reference in references.values():
             _collect(_read(reference), "", self._types)
         _collect(node, "", self._types)
-        _check_fields(node, "", self._types)
+        _check_names(node)
+
+    def check_new(self) -> None:
+        """Defaults that don't fit, which others' registries let through. Raises InvalidSchema."""
+        _check_defaults(self.node, "", self._types)
 
     def differences(self, writer: "AvroSchema") -> list[Difference]:
         return _Comparison(self._types, writer._types).of(self.node, "", writer.node, "", "")
@@ -139,21 +143,32 @@ def _collect(node: Node, namespace: str, found: dict[str, tuple[Node, str]]) -> 
                 _collect(node[name], inner, found)
 
 
-def _check_fields(node: Node, namespace: str, types: dict[str, tuple[Node, str]]) -> None:
-    """What the package lets through: names that are none, and defaults that don't fit. Raises InvalidSchema."""
+def _check_names(node: Node) -> None:
+    """The package lets names through that are none. Raises InvalidSchema."""
+    for field, _ in _fields(node, ""):
+        if not NAME.fullmatch(field["name"]):
+            raise InvalidSchema(f"the field name {field['name']!r} is not of letters, digits and _")
+
+
+def _check_defaults(node: Node, namespace: str, types: dict[str, tuple[Node, str]]) -> None:
+    """Raises InvalidSchema."""
+    for field, inner in _fields(node, namespace):
+        if "default" in field and not _fits(field["default"], field["type"], inner, types):
+            raise InvalidSchema(f"the default of the field {field['name']} doesn't fit its type")
+
+
+def _fields(node: Node, namespace: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Of all records in it, each with the namespace that is in force there."""
     if isinstance(node, list):
         for branch in node:
-            _check_fields(branch, namespace, types)
+            yield from _fields(branch, namespace)
     elif isinstance(node, dict):
         inner = _namespace_of(node, namespace)
         for field in node.get("fields", ()) if _kind(node) == "record" else ():
-            if not NAME.fullmatch(field["name"]):
-                raise InvalidSchema(f"the field name {field['name']!r} is not of letters, digits and _")
-            if "default" in field and not _fits(field["default"], field["type"], inner, types):
-                raise InvalidSchema(f"the default of the field {field['name']} doesn't fit its type")
-            _check_fields(field["type"], inner, types)
+            yield field, inner
+            yield from _fields(field["type"], inner)
         for name in ("items", "values", "type"):
-            _check_fields(node.get(name, ""), inner, types)
+            yield from _fields(node.get(name, ""), inner)
 
 
 def _fits(value: Any, node: Node, namespace: str, types: dict[str, tuple[Node, str]]) -> bool:

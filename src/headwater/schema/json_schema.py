@@ -2,13 +2,15 @@
 
 Structural, and careful where it can't tell: what can't be shown to fit is a difference. As with Confluent, a property that
 is added to an open object is one (old documents may have had anything there), unless its schema takes everything; objects
-are open unless `additionalProperties` is false. The drafts 4 to 2020-12 are read; `format` and annotations don't count.
+are open unless `additionalProperties` is false. That the branches of a `oneOf` exclude each other is believed. The drafts 4 to
+2020-12 are read; `format` and annotations don't count.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote, urljoin
 
 import jsonschema_rs
 
@@ -23,7 +25,11 @@ LOWER = {"minLength": "MIN_LENGTH", "minimum": "MINIMUM", "exclusiveMinimum": "E
 SIZES = {"minLength", "minItems", "minProperties"}  # of 0 say nothing
 SAME = {"pattern": "PATTERN", "const": "CONST", "not": "NOT_TYPE", "if": "CONDITION", "then": "CONDITION",
         "else": "CONDITION", "contains": "CONTAINS", "propertyNames": "PROPERTY_NAMES", "dependencies": "DEPENDENCY",
-        "dependentRequired": "DEPENDENCY", "dependentSchemas": "DEPENDENCY"}  # fmt: skip
+        "dependentRequired": "DEPENDENCY", "dependentSchemas": "DEPENDENCY", "minContains": "CONTAINS",
+        "maxContains": "CONTAINS", "unevaluatedProperties": "UNEVALUATED_PROPERTIES", "unevaluatedItems": "UNEVALUATED_ITEMS",
+        "$dynamicRef": "REFERENCE", "$recursiveRef": "REFERENCE"}  # fmt: skip
+"""What isn't looked into: it fits when it is the same, with all that it refers to."""
+DYNAMIC = ("$dynamicRef", "$recursiveRef")  # what they name depends on where one comes from: anything in the document
 EVERY_TYPE = {"null", "boolean", "object", "array", "number", "string"}
 SUMS = ("anyOf", "oneOf")
 
@@ -34,24 +40,70 @@ class JsonSchema:
         self.node = _read(text)
         self._others = {uri: _read(other) for uri, other in references.items()}
         _check(self.node, self._others)
+        self._roots: dict[int, Node] = {}
+        """The document that an object of it is in, by the object's id."""
+        self._ids: dict[str, Node] = {}
+        """Objects that have an id of their own."""
+        for root in (*self._others.values(), self.node):
+            for node in _nodes(root):
+                self._roots[id(node)] = root
+                own = node.get("$id", node.get("id"))
+                if isinstance(own, str):
+                    self._ids[own.removesuffix("#")] = node
+        self._resolved: dict[int, Any] = {}
         self.text = json.dumps(self.node, separators=(",", ":"), ensure_ascii=False)
+
+    def check_new(self) -> None:
+        """Nothing."""
 
     def differences(self, writer: "JsonSchema") -> list[Difference]:
         return _Comparison(self, writer).of(self.node, writer.node, "#/")
 
     def resolve(self, node: Node) -> Node:
-        """What a $ref stands for."""
+        """What a $ref stands for; the node itself where that isn't found."""
         for _ in range(MAX_DEPTH):
             if not isinstance(node, dict) or "$ref" not in node:
                 return node
-            uri, _, pointer = str(node["$ref"]).partition("#")
-            root: Any = self._others.get(uri) or self._others.get(str(node["$ref"])) if uri else self.node
-            found = _at(root, pointer) if root is not None else None
-            if found is None:
-                return node
-            rest = {name: value for name, value in node.items() if name != "$ref"}
-            node = {"allOf": [found], **rest} if rest.keys() & _KEYWORDS else found
+            if id(node) not in self._resolved:
+                found = self.target(node)
+                rest = {name: value for name, value in node.items() if name != "$ref"}
+                if found is None:
+                    found = node
+                elif rest.keys() & _SAYING:
+                    found = {"allOf": [found], **rest}
+                self._resolved[id(node)] = found  # the same one each time: a schema inside itself is known by it
+            resolved: Node = self._resolved[id(node)]
+            if resolved is node:
+                break
+            node = resolved
         return node
+
+    def target(self, node: Mapping[str, Any]) -> Any:
+        """What its $ref names; None for nothing that is here."""
+        root: Any = self._roots.get(id(node), self.node)
+        uri, _, pointer = str(node["$ref"]).partition("#")
+        if uri:
+            base = root.get("$id", root.get("id", "")) if isinstance(root, dict) else ""
+            named = (uri, str(node["$ref"]), urljoin(str(base), uri))
+            roots = [known[name] for name in named for known in (self._others, self._ids) if name in known]
+            root = roots[0] if roots else None
+        return _at(root, unquote(pointer)) if root is not None else None
+
+    def closure(self, node: Any) -> str:
+        """A text that is the same only when the node is, with all that it refers to."""
+        found: dict[int, str] = {}
+        todo = [node]
+        while todo:
+            each = todo.pop()
+            if id(each) in found:
+                continue
+            found[id(each)] = json.dumps(each, sort_keys=True)
+            for inner in _nodes(each):
+                if "$ref" in inner:
+                    todo.append(self.target(inner))
+                if any(name in inner for name in DYNAMIC):
+                    todo.append(self._roots.get(id(inner), self.node))
+        return "\n".join(found.values())
 
 
 _KEYWORDS = {"type", "enum", "properties", "required", "items", *UPPER, *LOWER, *SAME, *SUMS}
@@ -119,8 +171,8 @@ class _Comparison:
         self._reader = reader
         self._writer = writer
         self._under_way: set[tuple[int, int]] = set()
-        self._kept: list[Node] = []
-        """Made on the way: an id that is in use is not given again."""
+        self._made: dict[tuple[int, int], Node] = {}
+        """On the way, by what they were made of: the same one each time, and an id that is in use is not given again."""
 
     def of(self, reader: Node, writer: Node, path: str) -> list[Difference]:
         reader, writer = self._reader.resolve(reader), self._writer.resolve(writer)
@@ -140,22 +192,33 @@ class _Comparison:
         if reader is False:
             return [_difference("TYPE_NARROWED", path, "nothing is allowed any more")]
         assert isinstance(reader, dict)
+        if "$ref" in reader:
+            return [_difference("REFERENCE_UNKNOWN", path, f"what {reader['$ref']} names isn't here")]
         if "allOf" in writer:
-            return self.of(reader, self._keep(self._merged(writer)), path)
-        for name in SUMS:
-            if name in writer and reader.get(name) != writer[name]:
+            return self.of(reader, self._make(writer, writer, lambda: self._merged(writer)), path)
+        changed = [name for name in SUMS if not self._fit_in_pairs(reader.get(name), writer.get(name), path)]
+        for name in changed:
+            if name in writer:
                 return self._from_sum(reader, writer, name, path)
         found: list[Difference] = []
         for i, part in enumerate(reader.get("allOf", ())):
             found += self.of(part, writer, f"{path}allOf/{i}/")
-        for name in SUMS:
-            if name in reader and reader[name] != writer.get(name):
+        for name in changed:
+            if name in reader:
                 found += self._to_sum(reader[name], writer, name, path)
         return found + self._plain(reader, writer, path)
 
-    def _keep(self, node: Node) -> Node:
-        self._kept.append(node)
-        return node
+    def _fit_in_pairs(self, reader: list[Node] | None, writer: list[Node] | None, path: str) -> bool:
+        """The same branches, and each still takes what it took: what they refer to may have changed."""
+        return reader == writer and not any(
+            self.of(new, old, path) for new, old in zip(reader or (), writer or (), strict=True)
+        )
+
+    def _make(self, of: Node, inside: Node, make: Callable[[], Node]) -> Node:
+        key = (id(of), id(inside))
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _merged(self, writer: dict[str, Any]) -> dict[str, Any]:
         """One schema for what fits all of them. Where two speak of the same, the stricter word isn't looked for: the first
@@ -183,7 +246,9 @@ class _Comparison:
         rest = {key: value for key, value in writer.items() if key != name}
         found = []
         for i, branch in enumerate(writer[name]):
-            whole = self._keep({"allOf": [branch], **rest} if rest.keys() & _KEYWORDS else branch)
+            whole = branch
+            if rest.keys() & _SAYING:
+                whole = self._make(branch, writer, lambda branch=branch: {"allOf": [branch], **rest})  # type: ignore[misc]
             if self.of(reader, whole, path):
                 text = f"the branch {i} of {name} can't be read any more"
                 found.append(_difference("SUM_TYPE_NARROWED", f"{path}{name}/{i}", text))
@@ -200,11 +265,22 @@ class _Comparison:
         if narrowed:
             kind = "TYPE_CHANGED" if narrowed == others else "TYPE_NARROWED"
             return [_difference(kind, path, f"{' and '.join(sorted(narrowed))} may have been written")]
-        found = _values(reader, writer, path)
+        found = _values(reader, writer, path) + self._same(reader, writer, path)
         if "object" in others:
             found += self._object(reader, writer, path)
         if "array" in others:
             found += self._array(reader, writer, path)
+        return found
+
+    def _same(self, reader: dict[str, Any], writer: dict[str, Any], path: str) -> list[Difference]:
+        found = []
+        for name, kind in SAME.items():
+            if name not in reader or reader[name] is True:
+                continue
+            if name not in writer:
+                found.append(_difference(f"{kind}_ADDED", f"{path}{name}", f"{name} is new"))
+            elif self._reader.closure(_only(reader, name)) != self._writer.closure(_only(writer, name)):
+                found.append(_difference(f"{kind}_CHANGED", f"{path}{name}", f"{name} has changed"))
         return found
 
     def _object(self, reader: dict[str, Any], writer: dict[str, Any], path: str) -> list[Difference]:
@@ -232,8 +308,11 @@ class _Comparison:
             kind = "ADDITIONAL_PROPERTIES_REMOVED" if new_rest is False else "ADDITIONAL_PROPERTIES_NARROWED"
             found.append(_difference(kind, f"{path}additionalProperties", "other properties may have been written"))
         for pattern, schema in reader.get("patternProperties", {}).items():
-            before = writer.get("patternProperties", {}).get(pattern, old_rest)
-            found += self.of(schema, before, f"{path}patternProperties/{pattern}/")
+            before = writer.get("patternProperties", {})
+            found += self.of(schema, before.get(pattern, old_rest), f"{path}patternProperties/{pattern}/")
+            for name in old.keys() & new.keys() if pattern not in before else ():
+                if _matches(pattern, name):
+                    found += self.of(schema, old[name], f"{path}patternProperties/{pattern}/")
         for name in reader.get("required", ()):
             has_default = isinstance(new.get(name), dict) and "default" in new[name]
             if name not in writer.get("required", ()) and not has_default:
@@ -271,11 +350,18 @@ def _difference(kind: str, path: str, text: str) -> Difference:
 
 
 def _takes_all(node: Node) -> bool:
-    return node is True or (isinstance(node, dict) and not node.keys() & (_KEYWORDS | _RESTRICTIONS))
+    return node is True or (isinstance(node, dict) and not node.keys() & _SAYING)
 
 
 _RESTRICTIONS = {"$ref", "allOf", "additionalProperties", "patternProperties", "multipleOf", "uniqueItems", "prefixItems",
-                 "additionalItems", "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+                 "additionalItems"}  # fmt: skip
+_SAYING = _KEYWORDS | _RESTRICTIONS
+"""Names of what a document must fit; the others are notes."""
+
+
+def _only(node: dict[str, Any], name: str) -> Any:
+    """The keyword's value; of a reference the whole node, as it is the node that names something."""
+    return node if name in DYNAMIC else node[name]
 
 
 def _types(node: Mapping[str, Any]) -> set[str]:
@@ -296,12 +382,16 @@ def _type_of(value: object) -> str:
 def _for_others(node: Mapping[str, Any], name: str) -> Node:
     """What a property must be that is not declared by name."""
     for pattern, schema in node.get("patternProperties", {}).items():
-        try:
-            if re.search(pattern, name):
-                return schema  # type: ignore[no-any-return]
-        except re.error:
-            continue
+        if _matches(pattern, name):
+            return schema  # type: ignore[no-any-return]
     return node.get("additionalProperties", True)  # type: ignore[no-any-return]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:  # another dialect's
+        return False
 
 
 def _items(node: Mapping[str, Any]) -> tuple[list[Node], Node]:
@@ -320,17 +410,16 @@ def _values(reader: Mapping[str, Any], writer: Mapping[str, Any], path: str) -> 
     for bounds, is_upper in ((UPPER, True), (LOWER, False)):
         for name, kind in bounds.items():
             new, old = reader.get(name), writer.get(name)
+            if new is True and old is not True:  # draft 4: the limit itself is out
+                found.append(_difference(f"{kind}_ADDED", f"{path}{name}", f"{name} is new"))
             if new is None or isinstance(new, bool) or (new == 0 and name in SIZES):
                 continue
+            old = None if isinstance(old, bool) else old
             if old is None:
                 found.append(_difference(f"{kind}_ADDED", f"{path}{name}", f"{name} is {new} and was not limited"))
             elif (new < old) if is_upper else (new > old):
                 verb = "DECREASED" if is_upper else "INCREASED"
                 found.append(_difference(f"{kind}_{verb}", f"{path}{name}", f"{name} is {new} and was {old}"))
-    for name, kind in SAME.items():
-        if name in reader and reader[name] != writer.get(name, _MISSING):
-            verb = "CHANGED" if name in writer else "ADDED"
-            found.append(_difference(f"{kind}_{verb}", f"{path}{name}", f"{name} is new or has changed"))
     multiple, before = reader.get("multipleOf"), writer.get("multipleOf")
     if multiple is not None and (before is None or before % multiple != 0):
         text = f"multipleOf is {multiple} and was {before if before is not None else 'not there'}"
@@ -344,6 +433,3 @@ def _values(reader: Mapping[str, Any], writer: Mapping[str, Any], path: str) -> 
             gone = ", ".join(json.dumps(value) for value in written if value not in allowed)
             found.append(_difference("ENUM_ARRAY_NARROWED", f"{path}enum", f"{gone} may have been written"))
     return found
-
-
-_MISSING = object()

@@ -61,6 +61,9 @@ class ProtobufSchema:
         file.ClearField("source_code_info")
         return str(base64.b64encode(file.SerializeToString(deterministic=True)), "ascii")
 
+    def check_new(self) -> None:
+        """Nothing."""
+
     def differences(self, writer: "ProtobufSchema") -> list[Difference]:
         return _Comparison(_messages(self.files), _messages(writer.files)).of_files(self.file, writer.file)
 

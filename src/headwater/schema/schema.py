@@ -64,5 +64,8 @@ class Parsed(Protocol):
     def text(self) -> str:
         """In one form for all ways to write it."""
 
+    def check_new(self) -> None:
+        """What is read in schemas that are there already, and refused in new ones. Raises InvalidSchema."""
+
     def differences(self, writer: Any) -> list[Difference]:
         """Why a reader with this schema can't read what one with that schema wrote; empty when it can."""

@@ -135,6 +135,7 @@ class UnitOfWork:
             await session.rollback()
             return
         try:
+            await session.flush()  # its rows are locked before the outbox's have their positions
             for statement, values in self._statements(session.get_bind().dialect.name):
                 await session.execute(statement, values)
             await session.commit()
@@ -157,6 +158,7 @@ class UnitOfWork:
             session.rollback()
             return
         try:
+            session.flush()
             for statement, values in self._statements(session.get_bind().dialect.name):
                 session.execute(statement, values)
             session.commit()
