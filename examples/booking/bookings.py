@@ -115,6 +115,9 @@ async def put_booking(request: Request) -> Response:
                 at = slot_id(given.practitioner_id, given.day, given.slot)
                 uow.publish(SlotTaken(at, given.practitioner_id, given.day, given.slot, id))
         except IntegrityError:
+            known = (await session.execute(select(booking_table).where(booking_table.c.booking_id == id))).first()
+            if known is not None:  # the same booking, sent twice at once
+                return JSONResponse({"bookingId": id, "status": known.status}, 200)
             return JSONResponse({"error": "the slot is taken"}, 409)
     return JSONResponse({"bookingId": id, "status": "booked"}, 201)
 

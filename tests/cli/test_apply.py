@@ -174,3 +174,35 @@ def test_declarations_that_disagree_are_refused() -> None:
         joined([Declaration((one,)), Declaration((other,))])
     with pytest.raises(InvalidDeclaration, match="declared, and to be deleted"):
         joined([Declaration((one,), delete=("t",))])
+    with pytest.raises(InvalidDeclaration, match="two patterns: a and b"):
+        joined([Declaration((), pattern="a"), Declaration((), pattern="b"), Declaration((), pattern="a")])
+
+
+def test_what_a_topic_says_counts_more_than_the_defaults(tmp_path: Path) -> None:
+    """Whichever way it says it: a file's defaults must not shorten what a topic keeps."""
+    path = tmp_path / "t.toml"
+    path.write_text(
+        """
+        [defaults]
+        retention = "7d"
+        compacted = true
+        [topics.plain]
+        [topics.ledger.configs]
+        "retention.ms" = "-1"
+        "cleanup.policy" = "compact,delete"
+        [topics.log]
+        compacted = false
+        retention = "1y"
+        """
+    )
+    found = {topic.name: dict(topic.configs) for topic in read_declaration(path).topics}
+    assert found == {
+        "plain": {"retention.ms": "604800000", "cleanup.policy": "compact"},
+        "ledger": {"retention.ms": "-1", "cleanup.policy": "compact,delete"},
+        "log": {"retention.ms": "31536000000", "cleanup.policy": "delete"},
+    }
+    for twice in ('retention = "1d"\n[topics.t.configs]\n"retention.ms" = 5',
+                  'compacted = true\n[topics.t.configs]\n"cleanup.policy" = "delete"'):  # fmt: skip
+        path.write_text(f"[topics.t]\n{twice}\n")
+        with pytest.raises(InvalidDeclaration, match="t says twice"):
+            read_declaration(path)

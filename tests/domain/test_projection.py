@@ -666,9 +666,43 @@ def test_a_rebuild_that_was_stopped_goes_on(small: World, monkeypatch: pytest.Mo
     first = small.progress(Side.REBUILD)
     assert first is not None
     assert 400 <= first.events < 1000
+    live = read_model.Progress("1", skipped=((small.topic.name, 0, 0),))
+    with database.engine.begin() as connection:  # somebody leaves out what it has applied
+        read_model.save_progress(connection, "customers", Side.LIVE, live)
+    with pytest.raises(CannotRebuild, match=r":0:0 is left out since this rebuild passed it: run it again with --anew"):
+        small.rebuild()
+    with database.engine.begin() as connection:
+        read_model.drop_progress(connection, "customers", Side.LIVE)
     result = small.rebuild()
     assert result.events == 1000
     assert small.totals() == expected(events)
+
+
+def test_what_is_left_out_while_a_rebuild_runs_stops_its_exchange(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows have the event: they never take the place of the live ones. Begun anew, they don't."""
+    events = bought_events(40)
+    small.publish(*events)
+    with Running(small.app):
+        wait_until(lambda: small.count() == 40, "all events")
+    exchange = Rebuild._exchange
+
+    def leave_out(self: Rebuild, *arguments: Any) -> None:
+        with Database(small.url).engine.begin() as connection:
+            live = read_model.load_progress(connection, "customers", Side.LIVE, lock=True)
+            assert live is not None
+            read_model.save_progress(connection, "customers", Side.LIVE, live.without(small.topic.name, 0, 0))
+        exchange(self, *arguments)
+
+    before = small.totals()
+    with monkeypatch.context() as patched:
+        patched.setattr(Rebuild, "_exchange", leave_out)
+        with pytest.raises(CannotRebuild, match="is left out since this rebuild passed it"):
+            small.rebuild()
+    assert small.totals() == before
+    small.rebuild(anew=True)
+    assert sum(orders for orders, _ in small.totals().values()) == 39
 
 
 def test_what_retention_has_taken_is_not_passed_over(world: World) -> None:

@@ -290,6 +290,18 @@ def test_a_saga_goes_on_under_another_order_of_steps() -> None:
     assert saga_decision.aligned(saga._replace(steps=[saga.steps[0]]), record.record) is None
 
 
+@pytest.mark.parametrize("status", [Status.COMPLETED, Status.FAILED])
+def test_one_that_has_ended_needs_no_step(status: Status) -> None:
+    """The step that it ended at is gone: what comes late or twice is judged by those that are there."""
+    saga = definition()
+    record = Record(status, len(saga.steps) - 1, 7, names=tuple(step.name for step in saga.steps))
+    shorter = saga._replace(steps=saga.steps[:1])
+    found = saga_decision.aligned(shorter, record)
+    assert found is not None
+    late = saga_decision.answer(shorter, found, STATE, RESERVED)
+    assert (late is not None) == (status is Status.FAILED)  # what a failed one has had done is undone
+
+
 def test_a_record_is_the_same_when_it_is_read_back() -> None:
     record = Record(Status.STUCK, 1, 7, (0, 2), 5, ("a", "b", "c"), True, "why")
     assert msgspec.json.decode(msgspec.json.encode(record), type=Record) == record

@@ -204,8 +204,66 @@ def test_modes_metadata_rules_contexts_and_aliases(registry: RegistryProcess, un
     assert ask("GET", f"/subjects?subjectPrefix=:.{unique}:").body == [f":.{unique}:s"]
     assert json.loads(ask("GET", f"/schemas/ids/1?subject=:.{unique}:s").body["schema"]) == user(ID, NOTE)
 
+    context = f":.{unique}-context:"
+    assert registry.register(f"{context}s", user(ID)).status == 200
+    assert ask("PUT", f"/mode/{context}", {"mode": "IMPORT"}).code == 42205  # it has schemas
+    assert ask("PUT", f"/mode/{context}", {"mode": "READONLY"}).status == 200
+    assert registry.register(f"{context}s", user(ID, NOTE)).code == 42205
+    assert registry.register(f"{unique}-elsewhere", user(ID, NOTE)).status == 200
+    assert ask("DELETE", f"/mode/{context}").status == 200
+    assert ask("PUT", f"/config/{context}", {"compatibility": "NONE"}).status == 200
+    assert ask("GET", f"/config/{context}s?defaultToGlobal=true").body["compatibilityLevel"] == "NONE"
+    assert registry.register(f"{context}s", user({"name": "other", "type": "int"})).status == 200
+
     ask("PUT", f"/config/{unique}-alias", {"alias": subject})
     assert ask("GET", f"/subjects/{unique}-alias/versions/1").body["id"] == id
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the subject", "its last version"])
+def test_settings_go_with_what_is_deleted(registry: RegistryProcess, unique: str, whole: bool) -> None:
+    """A subject that is deleted, softly too, or by its last version, has no level and no mode of its own any more. (both
+    engines)"""
+    registry.register(unique, user(ID))
+    registry.register(unique, user(ID, NOTE))
+    assert registry.ask("PUT", f"/config/{unique}", {"compatibility": "NONE"}).status == 200
+    if whole:
+        assert registry.ask("DELETE", f"/subjects/{unique}").body == [1, 2]
+    else:
+        assert registry.ask("DELETE", f"/subjects/{unique}/versions/1").body == 1
+        assert registry.ask("GET", f"/config/{unique}").status == 200
+        assert registry.ask("DELETE", f"/subjects/{unique}/versions/2").body == 2
+    assert registry.ask("GET", f"/config/{unique}").code == 40408
+
+
+def test_settings_that_are_put_at_once_are_all_kept(registry: RegistryProcess, unique: str) -> None:
+    """Each says one thing of a subject, and all are answered: none takes another one's back. (both engines)"""
+    for turn in range(10):
+        subject = f"{unique}-{turn}"
+        bodies = [{"compatibility": "FULL"}, {"normalize": True}, {"compatibilityGroup": "major"}]
+        threads = [threading.Thread(target=registry.ask, args=("PUT", f"/config/{subject}", body)) for body in bodies]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = registry.ask("GET", f"/config/{subject}").body
+        assert found == {"compatibilityLevel": "FULL", "normalize": True, "compatibilityGroup": "major"}
+
+
+def test_what_is_forwarded_keeps_what_its_client_lets_through(
+    registry: RegistryProcess, servers: str, unique: str
+) -> None:
+    """A registry that doesn't write sends on the header that lets unknown properties through. (both engines)"""
+    body = {**body_of(user(ID)), "future": True}
+    headers = {"Confluent-Accept-Unknown-Properties": "true"}
+    with RegistryProcess.start(servers) as other:
+        for i, each in enumerate((registry, other)):
+            wait_until(
+                lambda each=each, i=i: (
+                    each.ask("POST", f"/subjects/{unique}-{i}/versions", body, headers).status == 200
+                ),  # type: ignore[misc]
+                "somebody to write",
+            )
+            assert each.ask("POST", f"/subjects/{unique}-{i}/versions", body).status == 422
 
 
 @pytest.mark.parametrize(
@@ -369,7 +427,9 @@ def test_writers_at_once_get_different_ids(registry: RegistryProcess, unique: st
 
 
 def test_a_topic_that_confluents_registry_wrote_is_read(tmp_path: Path) -> None:
-    """Its records, those of newer versions among them: schemas, deletes, config, mode; others are left alone."""
+    """Its records, those of newer versions among them: schemas, deletes, config, mode; others are left alone. A default that
+    doesn't fit, which it lets through, is found and followed, and not taken anew."""
+    misfit = user({"name": "n", "type": "int", "default": "0"})
     records: list[tuple[object, object]] = [
         ({"keytype": "NOOP", "magic": 0}, None),
         ({"keytype": "CONFIG", "subject": None, "magic": 0}, {"compatibilityLevel": "FULL"}),
@@ -390,6 +450,16 @@ def test_a_topic_that_confluents_registry_wrote_is_read(tmp_path: Path) -> None:
             },
         ),
         ({"keytype": "DELETE_SUBJECT", "subject": "b", "magic": 0}, {"subject": "b", "version": 2}),
+        (
+            {"keytype": "SCHEMA", "subject": "misfit", "version": 1, "magic": 1},
+            {
+                "subject": "c",
+                "version": 1,
+                "id": 7,
+                "schema": json.dumps(misfit, separators=(",", ":")),
+                "deleted": False,
+            },
+        ),
         ({"keytype": "MODE", "subject": "a-value", "magic": 0}, {"mode": "READONLY"}),
         ({"keytype": "EXPORTER", "name": "e", "magic": 0}, {"name": "e"}),
     ]
@@ -406,10 +476,13 @@ def test_a_topic_that_confluents_registry_wrote_is_read(tmp_path: Path) -> None:
             assert ask("GET", "/subjects/a-value/versions/1").body == {
                 "subject": "a-value", "version": 1, "id": 3, "schema": '"int"',
             }  # fmt: skip
-            assert ask("GET", "/subjects").body == ["a-value"]
+            assert ask("GET", "/subjects").body == ["a-value", "misfit"]
+            assert ask("POST", "/subjects/misfit", body_of(misfit)).body["id"] == 4
+            assert registry.register("misfit", user({"name": "n", "type": "int", "default": 0})).status == 200
+            assert registry.register("d", misfit).code == 42201
             assert ask("GET", "/subjects/b/versions?deleted=true").body == [2]
             assert registry.register("a-value", '"long"').code == 42205
-            assert registry.register("c", '"string"').body == {"id": 6}
+            assert registry.register("c", '"string"').body == {"id": 7}
 
 
 def test_without_a_cluster_the_start_says_so() -> None:

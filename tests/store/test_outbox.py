@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from headwater import App, Database, Event, Topic
 from headwater.event.codec import Decoder
@@ -26,6 +27,7 @@ from headwater.store.lock import Lock
 from headwater.store.outbox import Outbox, OutboxRow
 from tests.conftest import Engine
 from tests.kit.clients import Confluent, wait_until
+from tests.kit.postgres import Postgres
 from tests.kit.running import settings_for
 
 
@@ -235,6 +237,54 @@ def test_many_writers_keep_the_order_of_each_aggregate(embedded: Engine, databas
     for event in read_events(embedded, unique, writers * each):
         seen[event.account_id].append(event.number)
     assert dict(seen) == {f"a{i}": list(range(each)) for i in range(writers)}
+
+
+class Base(DeclarativeBase): ...
+
+
+class Account(Base):
+    __tablename__ = "flushed_accounts"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int]
+
+
+@pytest.mark.parametrize("autoflush", [True, False])
+def test_who_changes_the_row_last_is_published_last(
+    postgres: Postgres, embedded: Engine, unique: str, autoflush: bool
+) -> None:
+    """S003-10.2: two transactions change one row of the ORM and publish: in the end the row is what the last event says, as rows
+    are locked before the outbox's have their positions. (PostgreSQL)"""
+    app, _ = make_app(embedded, postgres.url, unique)
+    tables.create_tables(app.database.engine)
+    Base.metadata.create_all(app.database.engine)
+    with Session(app.database.engine) as session, session.begin():
+        session.execute(text("TRUNCATE headwater_outbox, flushed_accounts"))
+        session.add(Account(id="a", number=0))
+    together = threading.Barrier(2)
+    decoder = Decoder([Changed])
+
+    def change(number: int) -> None:
+        with Session(app.database.engine, autoflush=autoflush) as session, app.unit_of_work(session) as uow:
+            account = session.get(Account, "a")
+            assert account is not None
+            together.wait(30)
+            account.number = number
+            uow.publish(Changed("a", number))
+
+    for number in range(0, 120, 2):
+        threads = [threading.Thread(target=change, args=(number + i,)) for i in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with Session(app.database.engine) as session:
+            row = session.scalar(select(Account.number))
+            last = session.execute(
+                text("SELECT payload FROM headwater_outbox ORDER BY position DESC LIMIT 1")
+            ).scalar_one()
+        assert decoder.decode(bytes(last)).data.number == row
+    tables.metadata.drop_all(app.database.engine)
+    Base.metadata.drop_all(app.database.engine)
 
 
 def test_two_relays_take_turns(embedded: Engine, database_url: str, unique: str) -> None:

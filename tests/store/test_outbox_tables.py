@@ -376,10 +376,19 @@ def test_the_command_line_says_what_waits_and_what_is_missing(
 
 
 def test_shards_keep_the_order_of_each_key_and_are_shared(embedded: Engine, url: str, unique: str) -> None:
-    """Two processes lead two of four shards each; when one goes, the other leads all. Every key in order."""
+    """Two processes lead two of four shards each; when one goes, while rows are written, the other leads all. Every key in
+    order."""
     topic = Topic(unique, key="account_id", events=[Changed], partitions=3)
     one, two = (relaying(embedded, url, topic, Outbox(shards=4)) for _ in range(2))
-    accounts, each = 16, 30
+    accounts, each, written = 16, 200, 0
+
+    def write() -> None:
+        nonlocal written
+        for number in range(each):
+            with one.database.sessions() as session, one.unit_of_work(session) as uow:
+                for account in range(accounts):
+                    uow.publish(Changed(f"a{account}", number))
+            written = number + 1
 
     async def main() -> None:
         async with one.lifespan():
@@ -390,11 +399,11 @@ def test_shards_keep_the_order_of_each_key_and_are_shared(embedded: Engine, url:
                 await asyncio.to_thread(
                     wait_until, lambda: (len(first.leads), len(second.leads)) == (2, 2), "an equal share", 30
                 )
-                for number in range(each):
-                    with one.database.sessions() as session, one.unit_of_work(session) as uow:
-                        for account in range(accounts):
-                            uow.publish(Changed(f"a{account}", number))
-                await drained(one)
+                writing = asyncio.create_task(asyncio.to_thread(write))
+                await asyncio.to_thread(wait_until, lambda: written > each // 3, "some rows")
+            assert written < each
+            await writing
+            await drained(one)
             await asyncio.to_thread(wait_until, lambda: len(first.leads) == 4, "all shards to be led", 30)
 
     asyncio.run(main())
@@ -638,8 +647,21 @@ def test_databases_of_one_server_have_slots_of_their_own(
     for first in (0, 5):
         for each, topic in zip(urls, topics, strict=True):
             go(embedded, each, topic, Outbox(source="replication"), range(first, first + 5))
-    run(postgres.url, f"SELECT pg_drop_replication_slot('{slot_name(Outbox(), other)}')")
+    run(postgres.url, f"SELECT pg_drop_replication_slot('{slot_name(Outbox(), other, 'public')}')")
     assert [numbers_of(embedded, topic.name) for topic in topics] == [list(range(10))] * 2
+
+
+def test_the_urls_search_path_counts_for_the_stream_too(embedded: Engine, url: str, unique: str) -> None:
+    """Two services with a schema each in one database: each has a slot and a publication of its own."""
+    topics = [Topic(f"{unique}{i}", key="account_id", events=[Changed]) for i in range(2)]
+    schemas = ("shop", "bank")
+    run(url, *(f"CREATE SCHEMA {schema}" for schema in schemas))
+    for first in (0, 5):
+        for schema, topic in zip(schemas, topics, strict=True):
+            own = f"{url}?options=-csearch_path%3D{schema}"
+            go(embedded, own, topic, Outbox(source="replication"), range(first, first + 5))
+    assert [numbers_of(embedded, topic.name) for topic in topics] == [list(range(10))] * 2
+    assert run(url, "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()") == [(2,)]
 
 
 def test_a_table_that_was_made_anew_is_published(embedded: Engine, url: str, unique: str) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from headwater import App, Event, Topic
 from headwater.stream.pattern import InvalidPattern, Known, absent, repeated
@@ -67,6 +69,9 @@ def abandoned(name: str = "abandoned", within: str = "30m") -> Any:
         ((0, 1, 2, 1.5, 1.2, 1.7), 1),  # late, within what was signalled
         ((0, 30, 60, 90), 0),
         ((0, 30, 35, 39), 1),
+        ((100, 101, 102, 90, 91, 92), 2),  # a burst that comes behind a later one
+        ((90, 91, 105, 106, 107, 92), 2),
+        ((100, 101, 102, 79, 78, 77), 1),  # later than twice the time
     ],
 )
 def test_so_many_within_a_time(times: tuple[float, ...], signals: int) -> None:
@@ -104,22 +109,47 @@ def test_the_order_of_arrival_counts_for_nothing() -> None:
         ([(OrderCreated, 5), (CartChanged, 10)], 40),  # a new cart after the order
         ([(CartChanged, 10), (OrderCreated, 5)], 40),  # an order of before
         ([(CartChanged, 0), (OrderCreated, 31)], 30),  # too late, by its own time
+        ([(OrderCreated, 31), (CartChanged, 0)], 30),
         ([(CartChanged, 0), (OrderCreated, 5), (CartChanged, 3)], None),
         ([(CartChanged, 0), (OrderCreated, 5), (CartChanged, 6)], 36),
     ],
 )
 def test_one_without_another(events: list[tuple[Any, float]], waits_until: float | None) -> None:
     """S001.10, S001.22: by their own times, in whatever order they come."""
+    assert alone(events) == ([waits_until] if waits_until is not None else [])
+
+
+def alone(events: list[tuple[Any, float]]) -> list[float]:
+    """When carts are abandoned, in minutes, if time stands still while the events come."""
     known = Known()
-    due: datetime | None = None
+    waiting: set[datetime] = set()
     for cls, minute in events:
         outcome = abandoned()._decide(cls("c"), "c", minutes(minute)[0], known)
         known = outcome.known
-        if outcome.cancels:
-            due = None
+        waiting.difference_update(outcome.cancels)
         if outcome.wait is not None:
-            due = outcome.wait[1]
-    assert due == (minutes(waits_until)[0] if waits_until is not None else None)
+            waiting.add(outcome.wait[1])
+        assert len(known.times) <= 6
+        assert len(known.others) <= 6
+    return sorted((since - START) / timedelta(minutes=1) + 30 for since in waiting)
+
+
+moments = st.lists(st.tuples(st.sampled_from([CartChanged, OrderCreated]), st.integers(0, 59)), max_size=8, unique=True)
+
+
+@given(moments, st.randoms(use_true_random=False))
+def test_whatever_the_order_the_same_carts_are_abandoned(
+    events: list[tuple[Any, float]], chance: random.Random
+) -> None:
+    """Within twice the time: those that no order and no other change follows within half an hour."""
+    changes = [at for cls, at in events if cls is CartChanged]
+    orders = [at for cls, at in events if cls is OrderCreated]
+    expected = [
+        at + 30.0 for at in sorted(changes)
+        if not any(at < each <= at + 30 for each in changes) and not any(at <= each <= at + 30 for each in orders)
+    ]  # fmt: skip
+    chance.shuffle(events)
+    assert alone(events) == expected
 
 
 def test_patterns_are_found_over_restarts(engine: Engine, database_url: str, unique: str) -> None:

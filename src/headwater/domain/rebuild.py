@@ -10,7 +10,7 @@ snapshot, the rebuild goes exactly as far, and the digests of the rows are the s
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -197,11 +197,23 @@ class Rebuild:
                         f"a rebuild of {name} was stopped: run it again without --check, and it goes on and ends; or say --anew "
                         "here, and give up what it has done."
                     )
-                self._progress = found
+                self._check_skipped(found.skipped, {place: found.offset(*place) or 0 for place in self._places()})
+                self._progress = msgspec.structs.replace(found, skipped=tuple(self._skipped))
                 return
+            self._progress = msgspec.structs.replace(self._progress, skipped=tuple(self._skipped))
             read_model.drop(connection, self._shapes)
             read_model.create(connection, self._shapes)
             read_model.save_progress(connection, name, Side.REBUILD, self._progress)
+
+    def _check_skipped(self, skipped: Iterable[tuple[str, int, int]], positions: Mapping[Place, int]) -> None:
+        """What is left out now, and was then, is the same as far as it has come. Raises CannotRebuild."""
+        for topic, partition, offset in self._skipped.symmetric_difference(skipped):
+            if offset < positions.get((topic, partition), 0):
+                is_out = (topic, partition, offset) in self._skipped
+                raise CannotRebuild(
+                    f"{topic}:{partition}:{offset} is {'left out' if is_out else 'not left out any more'} since this rebuild "
+                    "passed it: run it again with --anew."
+                )
 
     # Reading
 
@@ -297,6 +309,9 @@ class Rebuild:
         name = self._projection.name
         with connection.begin():
             live = read_model.load_progress(connection, name, Side.LIVE, lock=True)
+            if live is not None:
+                before, self._skipped = self._skipped, frozenset(live.skipped)
+                self._check_skipped(before, self._positions)
             behind = self._behind(live)
             if behind and not waits_for_us:
                 return behind

@@ -99,6 +99,8 @@ def aligned(saga: Definition, record: Record) -> Record | None:
     names = [step.name for step in saga.steps]
     if tuple(names) == record.names:
         return record
+    if record.status in (Status.COMPLETED, Status.FAILED):  # it is at no step
+        return msgspec.structs.replace(record, step=0, undo=(), names=tuple(names))
     needed = [record.names[i] for i in (record.step, *record.undo)]
     if any(name not in names for name in needed):
         return None

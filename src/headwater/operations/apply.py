@@ -136,7 +136,7 @@ class _Topic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"c
     replication: int | None = None
     retention: str | None = None
     class_: str | None = None
-    compacted: bool = False
+    compacted: bool | None = None
     configs: dict[str, str | int | float | bool] = {}
 
 
@@ -149,14 +149,25 @@ class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def _merged(name: str, defaults: _Topic, given: _Topic, source: str) -> DeclaredTopic:
+    """What a topic says itself counts more than the defaults, whichever way it says it. Raises InvalidDeclaration, InvalidTopic,
+    InvalidSetting."""
     configs = {key: _text(value) for key, value in {**defaults.configs, **given.configs}.items()}
-    class_ = given.class_ or defaults.class_
-    retention = given.retention or (None if given.class_ is not None else defaults.retention)
-    milliseconds = retention_ms(name, retention, class_)
-    if milliseconds is not None:
-        configs["retention.ms"] = str(milliseconds)
-    if given.compacted or defaults.compacted:
-        configs["cleanup.policy"] = "compact"
+    says_retention = given.retention is not None or given.class_ is not None
+    if "retention.ms" not in given.configs:
+        class_ = given.class_ or defaults.class_
+        retention = given.retention or (None if given.class_ is not None else defaults.retention)
+        milliseconds = retention_ms(name, retention, class_)
+        if milliseconds is not None:
+            configs["retention.ms"] = str(milliseconds)
+    elif says_retention:
+        raise InvalidDeclaration(f"{source}: {name} says twice how long it keeps records: leave out retention.ms.")
+    if "cleanup.policy" not in given.configs:
+        if given.compacted if given.compacted is not None else defaults.compacted:
+            configs["cleanup.policy"] = "compact"
+        elif given.compacted is False:
+            configs["cleanup.policy"] = "delete"
+    elif given.compacted is not None:
+        raise InvalidDeclaration(f"{source}: {name} says twice whether it is compacted: leave out cleanup.policy.")
     return DeclaredTopic(
         name, given.partitions or defaults.partitions, given.replication or defaults.replication, configs, source
     )
@@ -167,7 +178,7 @@ def _text(value: object) -> str:
 
 
 def joined(declarations: Sequence[Declaration]) -> Declaration:
-    """All of them as one. Raises InvalidDeclaration where two say different things of one topic."""
+    """All of them as one. Raises InvalidDeclaration where two say different things."""
     topics: dict[str, DeclaredTopic] = {}
     for declaration in declarations:
         for topic in declaration.topics:
@@ -180,7 +191,10 @@ def joined(declarations: Sequence[Declaration]) -> Declaration:
     both = [name for name in delete if name in topics]
     if both:
         raise InvalidDeclaration(f"{both[0]} is declared, and to be deleted.")
-    pattern = next((each.pattern for each in declarations if each.pattern is not None), None)
+    patterns = sorted({each.pattern for each in declarations if each.pattern is not None})
+    if len(patterns) > 1:
+        raise InvalidDeclaration(f"names shall follow two patterns: {patterns[0]} and {patterns[1]}.")
+    pattern = patterns[0] if patterns else None
     exempt = frozenset().union(*(each.exempt for each in declarations)) if declarations else frozenset()
     return Declaration(tuple(topics.values()), delete, pattern, exempt)
 

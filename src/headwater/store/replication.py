@@ -60,9 +60,9 @@ def parse_snapshot(words: str) -> Snapshot:
     return Snapshot(int(xmax), frozenset(int(xip) for xip in xips.split(",") if xip))
 
 
-def slot_name(outbox: Outbox, database: str) -> str:
+def slot_name(outbox: Outbox, database: str, schema: str) -> str:
     """Of the slot, which is the server's, and of the publication: no other database's, and no other table's."""
-    told_apart = hashlib.sha256(f"{database}\0{outbox.name}".encode()).hexdigest()[:16]
+    told_apart = hashlib.sha256(f"{database}\0{schema}\0{outbox.name}".encode()).hexdigest()[:16]
     return f"headwater_{re.sub('[^a-z0-9_]', '_', outbox.name.lower())[:30]}_{told_apart}"
 
 
@@ -90,7 +90,7 @@ class Replication:
         self._outbox = outbox
         self._url = url
         self._connection = connection
-        self._slot = slot_name(outbox, url.database or "")
+        self._slot = ""
         self._stream: Any = None
         self._recovery: Iterator[list[OutboxRow]] | None = None
         self._snapshot: Snapshot | None = None
@@ -118,6 +118,9 @@ class Replication:
 
     def open(self) -> None:
         """Raises SQLAlchemyError, StreamLost."""
+        where = text("SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = CAST(:table AS regclass)")
+        schema = self._connection.execute(where, {"table": self._outbox.name}).scalar_one()
+        self._slot = slot_name(self._outbox, self._url.database or "", schema)
         if self._prepare():
             self._recovery = self._recover(self._take_snapshot())
         query = text("SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
@@ -206,8 +209,9 @@ class Replication:
             **self._url.translate_connect_args(username="user", database="dbname"),
             **self._url.query,
         }
+        parts["options"] = f"{parts.get('options', '')} {OPTIONS}".strip()  # the URL's own: a search path, say
         try:
-            self._stream = psycopg.connect(**parts, replication="database", autocommit=True, options=OPTIONS)
+            self._stream = psycopg.connect(**parts, replication="database", autocommit=True)
         except psycopg.Error as error:
             raise StreamLost(str(error)) from None
         options = f"proto_version '1', publication_names '{self._slot}'"

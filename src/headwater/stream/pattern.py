@@ -10,8 +10,9 @@
 Promise    Times are those of the events (their envelopes'), not of their arrival: what comes out of order counts where it
            belongs. What is known of a key is kept in the application's database, with the signal in one transaction: a
            restart forgets nothing and signals nothing twice.
-Not        What comes later than twice the time. `absent` waits on the database's clock until the event's time and `within` are
-           over: the other event, when it arrives after that, arrives too late.
+Not        What comes later than twice the time. A signal that was published is not taken back: an event that comes late, and
+           would have made another window of what was signalled, makes none. `absent` waits on the database's clock until the
+           event's time and `within` are over: the other event, when it arrives after that, arrives too late.
 Proof      tests/stream/test_pattern.py
 """
 
@@ -52,16 +53,24 @@ class Known(msgspec.Struct, frozen=True):
 
     times: tuple[datetime, ...] = ()
     """Of the events that count, ascending."""
-    until: datetime | None = None
-    """What is not after it counts no more: it was signalled, or the other event came."""
+    signalled: tuple[tuple[datetime, datetime], ...] = ()
+    """The first and the last time of each signal: what is between them counts no more."""
+    others: tuple[datetime, ...] = ()
+    """Of the events that others must be without, ascending."""
+
+    @property
+    def newest(self) -> datetime | None:
+        found = [*self.times[-1:], *self.others[-1:], *(last for _, last in self.signalled)]
+        return max(found, default=None)
 
 
 class Outcome(NamedTuple):
     known: Known
     publish: object | None = None
     wait: tuple[object, datetime] | None = None
-    """An event to be published then, unless something comes between."""
-    cancels: bool = False
+    """An event to be published when the pattern's time is over since then, unless something comes between."""
+    cancels: tuple[datetime, ...] = ()
+    """Of what waited: the times that it waited since."""
 
 
 Decide = Callable[[Any, str, datetime, Known], Outcome]
@@ -77,16 +86,17 @@ def repeated(
     span = timedelta(seconds=duration_seconds(within))
 
     def decide(event: Any, key: str, at: datetime, known: Known) -> Outcome:
-        if known.until is not None and at <= known.until:
-            return Outcome(known)
+        since = max(at, known.newest or at) - 2 * span
+        signalled = tuple(each for each in known.signalled if each[1] >= since)
+        if at < since or any(first <= at <= last for first, last in signalled):
+            return Outcome(msgspec.structs.replace(known, signalled=signalled))
         times = sorted((*known.times, at))
         for i in range(len(times) - count + 1):
             window = times[i : i + count]
-            if window[-1] - window[0] <= span:
-                left = tuple(each for each in times if each > window[-1])
-                return Outcome(Known(left, window[-1]), signal(key, window))
-        kept = tuple(each for each in times if each >= times[-1] - 2 * span)
-        return Outcome(msgspec.structs.replace(known, times=kept))
+            if window[-1] - window[0] <= span and at in window:
+                left = tuple(each for each in times if not window[0] <= each <= window[-1])
+                return Outcome(Known(left, (*signalled, (window[0], window[-1]))), signal(key, window))
+        return Outcome(Known(tuple(each for each in times if each >= since), signalled))
 
     return Pattern(name, by, span, (of,), decide)
 
@@ -101,17 +111,30 @@ def absent(
     span = timedelta(seconds=duration_seconds(within))
 
     def decide(event: Any, key: str, at: datetime, known: Known) -> Outcome:
-        last = known.times[-1] if known.times else None
-        if type(event) is after:
-            if (last is not None and at <= last) or (known.until is not None and at <= known.until):
-                return Outcome(known)  # a newer one counts, or the other event has come
-            return Outcome(Known((at,), known.until), wait=(signal(key), at + span))
-        until = max(at, known.until) if known.until is not None else at
-        if last is not None and last <= at <= last + span:
-            return Outcome(Known((), until), cancels=True)
-        return Outcome(msgspec.structs.replace(known, until=until))
+        since = max(at, known.newest or at) - 2 * span
+        times = tuple(each for each in known.times if each >= since)
+        others = tuple(each for each in known.others if each >= since)
+        before = tuple(each for each in times if each <= at <= each + span)  # neither of them is alone any more
+        if type(event) is not after:
+            return Outcome(Known(times, others=_thinned((*others, at), span)), cancels=before)
+        found = Known(_thinned((*times, at), span), others=others)
+        if at in times:
+            return Outcome(known)
+        if at < since or any(at <= each <= at + span for each in (*times, *others)):
+            return Outcome(found, cancels=before)  # a newer one counts, or the other event has come
+        return Outcome(found, wait=(signal(key), at), cancels=before)
 
     return Pattern(name, by, span, (after, without), decide)
+
+
+def _thinned(times: Sequence[datetime], span: timedelta) -> tuple[datetime, ...]:
+    """Without those that tell nothing: whether some time follows another one within the span, its neighbours tell as well."""
+    found: list[datetime] = []
+    for at in sorted(set(times)):
+        while len(found) >= 2 and at - found[-2] <= span:
+            found.pop()
+        found.append(at)
+    return tuple(found)
 
 
 class Pattern:
@@ -154,14 +177,16 @@ class Pattern:
         key = str(getattr(event, self._by))
         at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)
         outcome = await uow.async_session.run_sync(self._step, event, key, at)
-        timer = f"pattern:{self.name}:{key}"
         if outcome.publish is not None:
             uow.publish(outcome.publish)
-        if outcome.cancels:
-            uow.cancel(timer)
+        for since in outcome.cancels:
+            uow.cancel(self._timer(key, since))
         if outcome.wait is not None:
-            signal, due = outcome.wait
-            uow.schedule(signal, at=due, name=timer)
+            signal, since = outcome.wait
+            uow.schedule(signal, at=since + self._within, name=self._timer(key, since))
+
+    def _timer(self, key: str, since: datetime) -> str:
+        return f"pattern:{self.name}:{key}:{since.timestamp():.6f}"
 
     def _step(self, session: Session, event: Any, key: str, at: datetime) -> Outcome:
         columns = patterns.c
@@ -172,7 +197,7 @@ class Pattern:
         found = session.execute(query).scalar_one_or_none()
         outcome = self._decide(event, key, at, msgspec.json.decode(found, type=Known) if found is not None else Known())
         insert = postgresql.insert if is_postgres else sqlite.insert
-        newest = max(at, *outcome.known.times, *filter(None, (outcome.known.until,)))
+        newest = max(at, outcome.known.newest or at)
         values = {"known": msgspec.json.encode(outcome.known).decode(), "newest_ms": round(newest.timestamp() * 1000)}
         statement = insert(patterns).values(pattern=self.name, key=key, **values)
         session.execute(statement.on_conflict_do_update(index_elements=["pattern", "key"], set_=values))
