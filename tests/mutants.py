@@ -112,7 +112,7 @@ MUTANTS = [
            "tests/domain/test_saga.py::test_other_writers_of_a_saga_are_noticed"),
     Mutant("a job waits for what is parked", RUNTIME + "job.py", "if progress is not None and progress.parked:", "if False:",
            "tests/runtime/test_job.py::test_a_job_handles_what_is_there_and_ends"),
-    Mutant("what was signalled counts no more", "src/headwater/stream/pattern.py", "if known.until is not None and at <= known.until:", "if False:",
+    Mutant("what was signalled counts no more", "src/headwater/stream/pattern.py", "if at < since or any(first <= at <= last for first, last in signalled):", "if False:",
            "tests/stream/test_pattern.py::test_so_many_within_a_time"),
     Mutant("a full disk is told, and passes", BROKER + "node.py", "FULL = (errno.ENOSPC, ", "FULL = (",
            "tests/log/test_power_cut.py::test_a_full_disk_refuses_produce_and_loses_nothing"),

@@ -480,8 +480,8 @@ def test_a_consumer_reads_from_the_replica_of_its_rack(racks: Run) -> None:
 
 @pytest.mark.server
 def test_one_broker_lost_is_survived(racks: Run) -> None:
-    """S000.10, S004.5: a broker is killed while people book: no booking fails, none is lost, both read models are right. Of two brokers
-    lost, S000.11: nothing is published, bookings are accepted, and published when one is back."""
+    """S000.10, S004.5: a broker is killed while people book: no booking fails, none is lost, both read models are right. Of two
+    brokers lost, S000.11: nothing is published, bookings are accepted, and published when one is back."""
     cluster = racks.cluster
     first, second = cluster.nodes[0], cluster.nodes[2]
     cluster.kill_node(first)
