@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 LONG := $(VENV)/.long
 EXAMPLE ?= shop
 ENGINE ?= embedded
+unexport PYTHONDONTWRITEBYTECODE # each of thousands of processes would compile everything again
 
 .PHONY: help install run check test soak bench mutants clean
 

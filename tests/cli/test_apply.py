@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from headwater import Event, Topic
-from headwater.cli.commands import app as commands
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.admin import KafkaAdmin
 from headwater.operations.apply import (
@@ -23,6 +22,7 @@ from headwater.operations.apply import (
 )
 from headwater.settings import Settings
 from tests.conftest import Engine
+from tests.kit.commands import commands
 
 
 class Booked(Event):

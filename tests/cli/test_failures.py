@@ -11,10 +11,10 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from headwater import App, IdempotencyKey, Position, Retry, UnitOfWork
-from headwater.cli.commands import app as commands
 from headwater.kafka.admin import KafkaAdmin
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.running import Running, settings_for
 from tests.runtime.test_delivery import Paid, dead_letters, effects, metadata, publish_all, topic_for
 

@@ -27,7 +27,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Projection, Rows, Tombstone, Topic
-from headwater.cli.commands import app as commands
 from headwater.domain import projector, rebuild, repeats
 from headwater.domain.projection import InvalidProjection
 from headwater.domain.rebuild import CannotRebuild, Rebuild
@@ -44,6 +43,7 @@ from headwater.store.database import Database
 from headwater.store.rows import InvalidReadModel, Side, TableRows, shape_of
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.running import Running, settings_for
 
 

@@ -19,7 +19,6 @@ from sqlalchemy import insert, select, text
 from typer.testing import CliRunner
 
 from headwater import App, Event, Saga, Step, Topic
-from headwater.cli.commands import app as commands
 from headwater.domain import saga_decision
 from headwater.domain.saga import InvalidSaga
 from headwater.domain.saga_decision import Decision, Definition, Record, Status
@@ -28,6 +27,7 @@ from headwater.store.database import Database
 from headwater.store.tables import sagas
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.running import Running, settings_for
 
 

@@ -18,13 +18,13 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka import TopicPartition as Partition
 from typer.testing import CliRunner
 
-from headwater.cli.commands import app as commands
 from headwater.kafka.admin import KafkaAdmin
 from headwater.operations.lag import WINDOW, GroupLag, LagWatch
 from headwater.operations.verdict import Verdict
 from headwater.testing.broker import BrokerProcess
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.running import settings_for
 
 pytestmark = pytest.mark.server

@@ -18,11 +18,11 @@ from confluent_kafka.schema_registry.protobuf import ProtobufDeserializer, Proto
 from confluent_kafka.serialization import MessageField, SerializationContext
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.kafka import KafkaCluster, make_archive
 from tests.kit.registry import Answer, RegistryProcess, RestClient, body_of
 from typer.testing import CliRunner
 
-from headwater.cli.commands import app as commands
 from headwater.schema.schema import MAX_BYTES
 from headwater.testing.broker import BrokerProcess
 

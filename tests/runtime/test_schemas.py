@@ -19,7 +19,6 @@ from google.protobuf import message_factory
 from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Retry, Settings, Tombstone, Topic
-from headwater.cli.commands import app as commands
 from headwater.event import protobuf_data
 from headwater.event.topic import InvalidTopic
 from headwater.kafka.admin import KafkaAdmin
@@ -31,6 +30,7 @@ from headwater.runtime.publish import NoSchemaId, NoTopic
 from headwater.runtime.schemas import UnusableSchema
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
+from tests.kit.commands import commands
 from tests.kit.registry import RegistryProcess
 from tests.kit.running import CLIENT, Running
 

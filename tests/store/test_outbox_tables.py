@@ -20,7 +20,6 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from headwater import App, Envelope, Event, Outbox, Topic
-from headwater.cli.commands import app as commands
 from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.relay import Relay
 from headwater.settings import Settings
@@ -30,6 +29,7 @@ from headwater.store.pgoutput import Change, Malformed, decode
 from headwater.store.replication import WHOLE, Replication, parse_snapshot, slot_name
 from tests.conftest import Engine
 from tests.kit.clients import Confluent, wait_until
+from tests.kit.commands import commands
 from tests.kit.connect import DebeziumWorker
 from tests.kit.postgres import Postgres
 from tests.kit.running import Running, settings_for

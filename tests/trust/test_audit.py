@@ -19,7 +19,6 @@ from confluent_kafka.admin import AdminClient
 from typer.testing import CliRunner
 
 from headwater import App, Audit, Event, Topic
-from headwater.cli.commands import app as commands
 from headwater.event.codec import Decoder
 from headwater.kafka.admin import KafkaAdmin
 from headwater.runtime.handler import InvalidHandler
@@ -29,6 +28,7 @@ from headwater.trust.audit import InvalidAudit
 from headwater.trust.verifier import Fault, Verifier
 from tests.conftest import Engine, Evidence
 from tests.kit.clients import Confluent, wait_until
+from tests.kit.commands import commands
 from tests.kit.running import Running, settings_for
 
 

@@ -13,14 +13,6 @@ def main() -> None:
         from headwater.cli.broker import main as broker
 
         sys.exit(broker(arguments[1:]))
-    if arguments[:1] == ["registry"]:  # without what only applications need
-        import typer
+    from headwater.cli.commands import command_line
 
-        from headwater.cli.registry import registry
-
-        alone = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-        alone.command("registry")(registry)
-        alone(arguments[1:], prog_name="headwater registry")
-    from headwater.cli.commands import app
-
-    app()
+    command_line(arguments[0] if arguments else None)()
