@@ -7,10 +7,13 @@ import time
 from typing import Any
 
 import pytest
+from confluent_kafka import Producer
 from sqlalchemy import select
 from typer.testing import CliRunner
 
-from headwater import App, IdempotencyKey, Position, Retry, UnitOfWork
+from headwater import App, IdempotencyKey, Position, Retry, Tier, UnitOfWork
+from headwater.event.codec import encode
+from headwater.event.envelope import Cause
 from headwater.kafka.admin import KafkaAdmin
 from tests.conftest import Engine
 from tests.kit.clients import wait_until
@@ -360,3 +363,43 @@ def test_alerts_are_told_once_and_once_again_on_recovery(embedded: Engine, uniqu
     assert tier == ["raised", "recovered"] * (len(tier) // 2)
     assert states("dead_letter") == ["raised"]
     assert told[0]["group"] == unique
+
+
+def test_a_tier_alarms_above_its_alarm_and_not_below(
+    engine: Engine, unique: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """S003-1.8: behind by 59 minutes: no alarm; by 61: one, and one more when it is over. (both engines)"""
+    done = threading.Event()
+    started: list[str] = []
+    producer = Producer({"bootstrap.servers": engine.bootstrap_servers})
+
+    def waiting(minutes: int) -> App:
+        topic = topic_for(f"{unique}-{minutes}", 1)
+        app = App(topic.name, settings=settings_for(engine))
+
+        @app.handler(topic, group=topic.name, tier=Tier(target="24h", alarm="1h"))
+        async def handle(event: Paid) -> None:
+            started.append(topic.name)
+            while not done.is_set():
+                await asyncio.sleep(0.05)
+
+        KafkaAdmin(app.settings).create_topic(topic.name, 1)
+        written = encode(Paid("a", 1), unique, Cause("c", None))
+        at = int(time.time() * 1000) - minutes * 60_000
+        producer.produce(topic.name, written.value, b"a", timestamp=at)
+        return app
+
+    apps = [waiting(minutes) for minutes in (59, 61)]
+    assert producer.flush(30) == 0
+
+    def told(state: str) -> list[str]:
+        words = f"alert alert=tier state={state} group="
+        return [
+            each.getMessage().partition(words)[2].split()[0] for each in caplog.records if words in each.getMessage()
+        ]
+
+    with Running(apps[0]), Running(apps[1]):
+        wait_until(lambda: len(started) == 2 and told("raised") == [f"{unique}-61"], "the alarm")
+        done.set()
+        wait_until(lambda: told("recovered") == [f"{unique}-61"], "its end")
+    assert told("raised") == [f"{unique}-61"]
