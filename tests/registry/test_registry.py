@@ -453,9 +453,9 @@ def test_a_topic_that_confluents_registry_wrote_is_read(tmp_path: Path) -> None:
         (
             {"keytype": "SCHEMA", "subject": "misfit", "version": 1, "magic": 1},
             {
-                "subject": "c",
+                "subject": "misfit",
                 "version": 1,
-                "id": 7,
+                "id": 4,
                 "schema": json.dumps(misfit, separators=(",", ":")),
                 "deleted": False,
             },

@@ -464,7 +464,7 @@ def test_by_replication_a_key_has_the_order_of_its_commits(
 
     async def main() -> None:
         async with app.lifespan():
-            name = slot_name(replicated, url.rpartition("/")[2])
+            name = slot_name(replicated, url.rpartition("/")[2], "public")
             whole = f"SELECT obj_description(oid, 'pg_publication') FROM pg_publication WHERE pubname = '{name}'"
             await asyncio.to_thread(wait_until, lambda: run(url, whole) == [(WHOLE,)], "the stream")
             for number in range(0, 40, 2):
@@ -528,7 +528,9 @@ def test_a_slot_that_was_lost_loses_nothing(embedded: Engine, unique: str) -> No
             with app.database.sessions() as session, app.unit_of_work(session) as uow:
                 uow.publish(Changed("a", number))
         run(server.url, "CREATE TABLE noise (x text)")
-        state = f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot_name(outbox, 'postgres')}'"
+        state = (
+            f"SELECT wal_status FROM pg_replication_slots WHERE slot_name = '{slot_name(outbox, 'postgres', 'public')}'"
+        )
 
         def lost() -> bool:
             run(server.url, "INSERT INTO noise SELECT repeat('x', 1000) FROM generate_series(1, 20000)", "CHECKPOINT")

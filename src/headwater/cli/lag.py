@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from headwater.operations.lag_metrics import LagCollector
 
 ALERT = "lag"
+LEAST_SECONDS = 0.1  # between looks, however long one takes
 COLOURS = {Verdict.OK: "green", Verdict.WARN: "yellow"}
 COLUMNS = ("group", "state", "members", "partitions", "lag", "behind", "verdict")
 
@@ -61,12 +62,13 @@ def lag(
         seconds = duration_seconds(every)
         client = admin(bootstrap_servers)
         missing = set(group or ()) - set(client.group_states())
-        if missing and not watch:
+        is_watch = watch or metrics is not None
+        if missing and not is_watch:
             raise UserError(f"there is no group {min(missing)}. `headwater groups list` shows those that are.")
         settings = settings_for(bootstrap_servers)
         looks = LagWatch(settings, groups=group or (), allowed_lag=allowed)
         try:
-            if watch or metrics is not None:
+            if is_watch:
                 _watch(looks, client, settings, seconds, metrics, cluster, json=json)
                 return
             found = looks.look()
@@ -123,7 +125,7 @@ def _watch(
                     live.update(_table(found), refresh=True)
                 else:
                     _say_changes(found, told)
-            stopped.wait(max(0.0, seconds - (time.monotonic() - began)))
+            stopped.wait(max(LEAST_SECONDS, seconds - (time.monotonic() - began)))
     finally:
         if live is not None:
             live.stop()
